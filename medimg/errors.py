@@ -88,7 +88,7 @@ class ConfigError(MedimgError):
 class ServiceError(MedimgError):
     """A request that the service cannot answer."""
 
-# %% ../nbs/foundations/errors.ipynb #2ba76379
+# %% ../nbs/foundations/errors.ipynb #4bc8d13a
 def nearest(name: str, known, *, n: int = 3) -> str:
     """A remedy for a misspelt name: the closest of `known`, or all of them when none is close.
 
@@ -108,7 +108,7 @@ def nearest(name: str, known, *, n: int = 3) -> str:
 
     Examples
     --------
-    >>> nearest("pneumonia-mnist", ["pneumoniamnist", "retinamnist"])
+    >>> nearest("pneumonia-mnist", ["pneumoniamnist", "phantom-cxr"])
     'did you mean pneumoniamnist?'
     """
     import difflib

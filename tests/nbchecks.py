@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import nb as nbtool  # noqa: E402  (tools/nb.py)
 import quarto_filter  # noqa: E402
 
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAX_CELL_LINES, MAX_PNG, MAX_NOTEBOOK, MAX_REPO = 35, 100_000, 600_000, 40_000_000
 DIRECTIVES = {"export", "default_exp", "hide"}
 MACHINE_PATH = re.compile(
@@ -29,6 +30,19 @@ def code_cells(nb):
     return [c for c in nb.cells if c.cell_type == "code"]
 
 
+def code_lines(source):
+    """Lines of a cell or function that a reader has to follow: not empty, not a directive, not part of a docstring."""
+    lines = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and not line.startswith("#|")}
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return len(lines)
+    for node in ast.walk(tree):
+        if isinstance(node, (*FUNCTION, ast.ClassDef, ast.Module)) and ast.get_docstring(node, clean=False) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
 def prose(nb):
     """All markdown of a notebook without fenced code."""
     return re.sub(r"^(`{3,}|~{3,}).*?^\1`*~*\s*$", "", "\n\n".join(c.source for c in nb.cells if c.cell_type == "markdown"), flags=re.M | re.S)
@@ -36,7 +50,8 @@ def prose(nb):
 
 def name_of(cell):
     """A cell by its first line, for messages."""
-    return repr(cell.source.strip().splitlines()[0][:60]) if cell.source.strip() else "an empty cell"
+    lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+    return repr(lines[0][:60]) if lines else repr(cell.source[:60])
 
 
 def output_texts(nb):
@@ -84,11 +99,11 @@ def machine_paths(nb):
 
 
 def too_big(nb, path=None):
-    """Pictures over 100 kB, a notebook over 600 kB, a code cell over 35 lines."""
+    """Pictures over 100 kB, a notebook over 600 kB, a code cell over 35 lines (docstrings not counted)."""
     complaints = []
     for cell in code_cells(nb):
-        if (n := len(cell.source.splitlines())) > MAX_CELL_LINES:
-            complaints.append(f"{name_of(cell)} has {n} lines; at most {MAX_CELL_LINES}")
+        if (n := code_lines(cell.source)) > MAX_CELL_LINES:
+            complaints.append(f"{name_of(cell)} has {n} lines of code; at most {MAX_CELL_LINES}")
         for out in cell.outputs:
             for mime, data in out.get("data", {}).items():
                 if mime.startswith("image/") and mime != "image/svg+xml" and (n := len(base64.b64decode(data))) > MAX_PNG:
@@ -195,18 +210,17 @@ def bad_figures(nb):
 
 
 # ---- exercises -----------------------------------------------------------------------------------------------------------------
-def bad_exercises(nb, prefix=None):
+def bad_exercises(nb):
     """Exercises without two wrong answers, a hint, a folded check, a folded solution with an assert, or the learner's cell before it."""
     complaints, declared, solved, asked = [], {}, {}, {}
     for i, cell in enumerate(code_cells(nb)):
-        calls = [n for n in ast.walk(ast.Module(body_of(cell), [])) if isinstance(n, ast.Call)]
-        for call in calls:
+        for call in (n for n in ast.walk(ast.Module(body_of(cell), [])) if isinstance(n, ast.Call)):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             if name not in ("exercise", "check") or not call.args or not isinstance(call.args[0], ast.Constant):
                 continue
             if name == "check":
                 asked.setdefault(call.args[0].value, []).append(i)
-            elif isinstance(call.func, ast.Attribute):
+            elif isinstance(call.func, ast.Attribute) or cell.metadata.get("jupyter", {}).get("source_hidden"):
                 declared[call.args[0].value] = (cell, call)
         if m := re.match(r"# solution (\S+)", cell.source):
             solved[m[1]] = (i, cell)
@@ -233,7 +247,7 @@ def _exercise(name, cell, call, solved, asked):
     place, solution = solved[name]
     if not solution.metadata.get("jupyter", {}).get("source_hidden"):
         yield "shows its solution: the cell needs jupyter.source_hidden"
-    if not re.search(rf"assert course\.check\(\s*[\"']{re.escape(name)}[\"']", solution.source):
+    if not re.search(rf"assert (?:course\.)?check\(\s*[\"']{re.escape(name)}[\"']", solution.source):
         yield "has a solution that is not asserted by course.check"
     if not any(i < place for i in asked.get(name, [])):
         yield "is never asked of the learner (no course.check before the solution)"
@@ -297,7 +311,6 @@ def heavy_imports(source, module):
 
 # ---- docstrings ----------------------------------------------------------------------------------------------------------------
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}\s*$", re.M)
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def sections(doc):
@@ -312,16 +325,24 @@ def documented(text):
     return {n.strip().lstrip("*") for head in heads for n in head.split(",")}
 
 
+def is_patch(node):
+    """Whether a top-level function is a method given to a class by `@patch`."""
+    names = [getattr(d.func if isinstance(d, ast.Call) else d, "id", "") for d in getattr(node, "decorator_list", [])]
+    return any(n.startswith("patch") for n in names)
+
+
 def public_nodes(source):
-    """(qualified name, node, class or None) of each public function, class and method in a module."""
+    """(qualified name, node, is it a method?) of each public function, class and method in a module."""
     tree = ast.parse(source)
     names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)
                   and getattr(n.targets[0], "id", "") == "__all__"), None)
     for node in tree.body:
-        if isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_") and (names is None or node.name in names):
-            yield node.name, node, None
-            if isinstance(node, ast.ClassDef):
-                yield from ((f"{node.name}.{m.name}", m, node) for m in node.body if isinstance(m, FUNCTION) and not m.name.startswith("_"))
+        if not isinstance(node, (*FUNCTION, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if is_patch(node) or names is None or node.name in names:
+            yield node.name, node, is_patch(node)
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{m.name}", m, True) for m in node.body if isinstance(m, FUNCTION) and not m.name.startswith("_"))
 
 
 def arguments(node, *, method=False):
@@ -334,9 +355,9 @@ def arguments(node, *, method=False):
 
 
 def bad_docstrings(source):
-    """Public names whose docstring misses its purpose, a parameter, Returns or Examples."""
+    """Public names whose docstring misses its purpose, a parameter, what is returned, or an example."""
     complaints, lines = [], source.splitlines()
-    for name, node, owner in public_nodes(source):
+    for name, node, method in public_nodes(source):
         doc = ast.get_docstring(node)
         if not doc:
             complaints.append(f"{name}: no docstring")
@@ -344,24 +365,24 @@ def bad_docstrings(source):
         found = sections(doc)
         if len(found[""].split()) < 3:
             complaints.append(f"{name}: the first line says no purpose")
-        missing = _undocumented(node, owner, found, lines)
-        complaints += [f"{name}: parameter {p!r} is not documented" for p in missing]
-        if _needs_returns(node, owner) and not {"Returns", "Yields"} & found.keys():
+        complaints += [f"{name}: parameter {p!r} is not documented" for p in _undocumented(node, method, found, lines)]
+        if _needs_returns(node, method) and not {"Returns", "Yields"} & found.keys():
             complaints.append(f"{name}: returns {ast.unparse(node.returns)}, but has no Returns section")
-        if owner is None and _needs_example(node) and ">>>" not in doc:
+        if not method and _needs_example(node) and ">>>" not in doc:
             complaints.append(f"{name}: no example")
     return complaints
 
 
-def _undocumented(node, owner, found, lines):
-    text = "\n".join(found.get(s, "") for s in ("Parameters", "Attributes", "Other Parameters"))
-    named = documented(text)
+def _undocumented(node, method, found, lines):
+    """Parameters (fields, for a record) in no section, not in backticks in the text, and with no comment on a field's line."""
+    named = documented("\n".join(found.get(s, "") for s in ("Parameters", "Attributes", "Other Parameters")))
+    named |= set(re.findall(r"`(\w+)`", found[""]))
     if isinstance(node, FUNCTION):
-        return [p for p in arguments(node, method=owner is not None) if p not in named]
-    if _is_record(node):     # a field is documented in the docstring or by a comment at its end
+        return [p for p in arguments(node, method=method) if p not in named]
+    if _is_record(node):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and "ClassVar" not in ast.dump(n)]
         return [f.target.id for f in fields if not f.target.id.startswith("_") and f.target.id not in named
-                and "#" not in lines[f.end_lineno - 1]]
+                and "#" not in lines[f.end_lineno - 1] and not lines[f.lineno - 2].strip().startswith("#")]
     init = next((m for m in node.body if isinstance(m, FUNCTION) and m.name == "__init__"), None)
     if init:
         named |= documented(sections(ast.get_docstring(init) or "").get("Parameters", ""))
@@ -369,14 +390,20 @@ def _undocumented(node, owner, found, lines):
 
 
 def _is_record(node):
-    return any("dataclass" in ast.dump(d) for d in node.decorator_list)
+    return any("dataclass" in ast.dump(d) for d in node.decorator_list) or any("NamedTuple" in ast.dump(b) for b in node.bases)
 
 
-def _needs_returns(node, owner):
-    """A function with parameters and an annotation; one without says in its first line what it returns."""
-    if not isinstance(node, FUNCTION) or node.returns is None or not arguments(node, method=owner is not None):
+def _needs_returns(node, method):
+    """What returns an array (shape, dtype and unit must be said), and functions of two parameters or more.
+
+    A method or a small function says in its first line what it returns.
+    """
+    if not isinstance(node, FUNCTION) or node.returns is None:
         return False
-    return not (isinstance(node.returns, ast.Constant) and node.returns.value is None)
+    if isinstance(node.returns, ast.Constant) and node.returns.value is None:
+        return False
+    size = len(arguments(node, method=method))
+    return size >= 2 and not method or size >= 1 and "ndarray" in ast.unparse(node.returns)
 
 
 def _needs_example(node):

@@ -19,6 +19,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+UNTRACKED = {"medimg", "medimg._modidx"}     # tables of names: what a name leads to is tracked by its own module
 KEEP_CELL_METADATA = {"tags", "jupyter"}
 NOISE = re.compile(r"^(20\d\d-\d\d-\d\d .*(tensorflow|cuda|TensorFlow)|[WEI]0000 |WARNING: All log messages before absl)", re.M)
 
@@ -115,6 +116,8 @@ def staleness(path):
     if stamp["source_sha256"] != source_sha256(nb):
         reasons.append("a code cell changed after the outputs were stored")
     for name, digest in stamp["modules"].items():
+        if name in UNTRACKED:
+            continue
         file = module_path(name)
         if file is None or module_sha256(file) != digest:
             reasons.append(f"{name} changed after the outputs were stored")
@@ -180,7 +183,7 @@ def run(path, timeout=1200):
     except CellExecutionError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return False
-    used = [m for m in json.loads(probe.outputs[-1].text) if module_path(m) and m != "medimg._modidx"]
+    used = [m for m in json.loads(probe.outputs[-1].text) if module_path(m) and m not in UNTRACKED]
     nb.cells.pop()
     nb.metadata["medimg"] = {"source_sha256": source_sha256(nb), "modules": {m: module_sha256(module_path(m)) for m in used}}
     write(nb, path)

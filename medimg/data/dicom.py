@@ -318,7 +318,7 @@ def stack_geometry(positions, orientation, pixel_spacing_mm, *, tolerance_mm: fl
     bent = float(np.linalg.norm(path - np.outer(places, line), axis=1).max())
     return Geometry(tuple(int(i) for i in order), affine, places, even, tuple(_geometry_findings(gaps, even, normal @ line, bent)))
 
-# %% ../../nbs/data/02_dicom.ipynb #fd5e744d
+# %% ../../nbs/data/02_dicom.ipynb #a3191125
 def _geometry_findings(gaps, even, cosine, bent):
     tilt = float(np.degrees(np.arccos(np.clip(abs(cosine), 0, 1))))
     if tilt > 0.1:
@@ -331,11 +331,12 @@ def _geometry_findings(gaps, even, cosine, bent):
         usual = float(np.median(gaps))
         multiples = np.round(gaps / usual)
         if np.allclose(gaps, multiples * usual, atol=0.1 * usual):
-            yield Finding("missing", "error", f"{int((multiples - 1).sum())} slices missing: gaps of up to {gaps.max():.2f} mm where {usual:.2f} mm is usual")
+            lost = int((multiples - 1).sum())
+            yield Finding("missing", "error", f"{lost} slice{'s' * (lost > 1)} missing: gaps of up to {gaps.max():.2f} mm where {usual:.2f} mm is usual")
         else:
             yield Finding("uneven", "warning", f"slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart")
 
-# %% ../../nbs/data/02_dicom.ipynb #a2fbf081
+# %% ../../nbs/data/02_dicom.ipynb #dccb2d20
 @dataclass(frozen=True)
 class Series:
     """One row of `scan`: the files of a series in geometric order, and what is known without decoding pixels."""
@@ -385,11 +386,12 @@ class SeriesTable(list):
     def __repr__(self):
         head = ("modality", "description", "files", "shape (z, y, x)", "spacing mm", "findings")
         cells = [head, *self.rows()]
-        widths = [min(max(len(r[k]) for r in cells), 60) for k in range(len(head))]
-        lines = ["  ".join(c[:60].ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
+        cells = [[*(c[:40] for c in row[:-1]), row[-1]] for row in cells]
+        widths = [max(len(r[k]) for r in cells) for k in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
 
-# %% ../../nbs/data/02_dicom.ipynb #a54cd789
+# %% ../../nbs/data/02_dicom.ipynb #5f4d64a6
 def scan(path, *, progress: bool = True) -> SeriesTable:
     """List the series below a folder, in a file or in a zip archive, from their headers alone.
 
@@ -460,7 +462,7 @@ def _tracked(files, progress):
         return files
     from rich.console import Console
     from rich.progress import track
-    return track(files, description="reading headers", console=Console(stderr=True), transient=True)
+    return track(files, description="reading headers", console=Console(stderr=True, force_jupyter=False), transient=True)
 
 
 def _files(path):

@@ -215,7 +215,7 @@ def _spine(an, hu, z, y, x, edge):
         _fill(hu, distance, value, edge)
     return np.minimum(np.minimum(np.maximum(body, disc), arch), sternum)
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #d6907931
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #24f1280d
 def solids(an: Anatomy, z, y, x, edge: float):
     """HU of everything that is not a tube, and the distances it was made from.
 
@@ -240,7 +240,7 @@ def solids(an: Anatomy, z, y, x, edge: float):
     """
     heart, body = _heart(an, z, y, x), body_distance(an, z, y, x)
     lung, wall, below = lung_distance(an, z, y, x, heart), _wall(an, z, y, x), -_diaphragm(an, z, y, x)
-    muscle = np.maximum(body + 0.8 * an.fat_mm + 3, _wall(an, z, y, x, 24) - 60 * np.clip((z - 25) / 90, 0, 1))
+    muscle = np.maximum(body + 0.8 * an.fat_mm + 3, _wall(an, z, y, x, 24) - 140 * np.clip((z - 25) / 90, 0, 1))
     liver = np.maximum(np.maximum(wall + 6, below + 6), (x - 55 - 0.3 * z) * 0.8)
     gas = np.maximum(_ellipsoid(x - 58, y + 8, z - an.domes_mm[1] + 34, 32.0, 38.0, 18.0), below + 9)
     hu = np.full(np.broadcast_shapes(body.shape, lung.shape), -1000, np.float32)

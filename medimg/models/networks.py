@@ -265,7 +265,7 @@ def gated_pooling(filters: int, kernel_size=3, strides=1, *, activation=None, **
     """
     return _gated_pooling_class()(filters, kernel_size, strides, activation=activation, **kwargs)
 
-# %% ../../nbs/models/03_networks.ipynb #224efd46
+# %% ../../nbs/models/03_networks.ipynb #22530717
 def gated_cnn(input_shape, classes, *, task=None, filters=(32, 64), kernel_size=3, strides=2, activation="sigmoid"):
     """Gated-pooling blocks, a global average and a linear head (the formula of source article 000, made well-defined).
 
@@ -292,7 +292,7 @@ def gated_cnn(input_shape, classes, *, task=None, filters=(32, 64), kernel_size=
     Examples
     --------
     >>> gated_cnn((28, 28, 1), 2).count_params()            # doctest: +SKIP
-    19137
+    19009
     """
     if not filters:
         raise ConfigError("gated-cnn needs at least one block", remedy="filters=(32, 64)")
@@ -404,7 +404,7 @@ MODELS = {
     "lung-ct-cnn": ModelEntry(f"{_HERE}:lung_ct_cnn", (256, 256, 3), 2, "two convolutions, flatten, dense"),
 }
 
-# %% ../../nbs/models/03_networks.ipynb #6773d6f3
+# %% ../../nbs/models/03_networks.ipynb #cf5b3a2a
 def build_model(name: str, input_shape, classes: int, *, task: str | None = None, seed: int | None = None, **options):
     """A network by its name in `MODELS`, with random weights and one output, the logits.
 
@@ -446,17 +446,15 @@ def build_model(name: str, input_shape, classes: int, *, task: str | None = None
     for option in options:
         if option not in known:
             raise ConfigError(f"{name} has no option {option!r}", remedy=nearest(option, known))
-    keras = _keras()
+    _keras()        # loaded before seeding, so that its generator is seeded too
     if seed is not None:
         set_seed(seed)
     try:
         return function(input_shape, classes, task=task, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{name} cannot be built with {options or input_shape}: {str(error).splitlines()[0][:160]}") from error
-    finally:
-        del keras
 
-# %% ../../nbs/models/03_networks.ipynb #e866d035
+# %% ../../nbs/models/03_networks.ipynb #1eaf2fed
 @runtime_checkable
 class Predictor(Protocol):
     """What training, evaluation and deployment ask of anything that answers images, whatever is inside.
@@ -499,9 +497,12 @@ def load_model(path):
     Traceback (most recent call last):
     medimg.errors.ConfigError: nowhere.keras: no such file; give a .keras file
     """
+    import zipfile
     from pathlib import Path
     if not Path(path).is_file():
         raise ConfigError("no such file", path=path, remedy="give a .keras file")
+    if not zipfile.is_zipfile(path):
+        raise ConfigError("not a whole .keras file", path=path, remedy="save or copy it again")
     _gated_pooling_class()
     try:
         return _keras().saving.load_model(path, safe_mode=True)

@@ -49,8 +49,8 @@ def _stem(images, width, norm):
                       kernel_initializer="he_normal", name="stem_conv")(images)
     return layers.MaxPooling2D(2, padding="same", name="stem_pool")(x) if small >= 112 else x
 
-# %% ../../nbs/models/04_resnet.ipynb #51bbdc26
-def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(2, 2, 2), dropout=0.1, norm="batch", skip=True):
+# %% ../../nbs/models/04_resnet.ipynb #76200520
+def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2), dropout=0.1, norm="batch", skip=True):
     """A small pre-activation residual network with a global-average head (He et al. 2016, Identity mappings).
 
     Parameters
@@ -104,7 +104,7 @@ def _check_options(width, blocks, dropout, norm):
     if norm not in _NORMS:
         raise ConfigError(f"unknown norm {norm!r}", remedy=nearest(str(norm), _NORMS))
     if not blocks or not all(isinstance(b, (int, np.integer)) and b > 0 for b in blocks):
-        raise ConfigError(f"blocks is {blocks!r}", remedy="one whole number for each stage, as in (2, 2, 2)")
+        raise ConfigError(f"blocks is {blocks!r}", remedy="one whole number for each stage, as in (1, 1, 2)")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout is {dropout!r}", remedy="give a share in [0, 1)")
     if width < 1 or norm == "group" and width % 8:
