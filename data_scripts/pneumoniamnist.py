@@ -5,6 +5,7 @@
 The logic is in `medimg.data.datasets` (chapter nbs/data/04_datasets.ipynb), so `medimg data` does the same from the wheel.
 """
 import argparse
+import os
 import sys
 
 from medimg.data.datasets import facts, fetch, load_dataset
@@ -20,7 +21,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.folder:
-            print(f"official file, MD5 verified: {fetch(NAME, folder=args.folder)}")
+            os.environ["MEDIMG_DATA"] = str(fetch(NAME, folder=args.folder).parent)
         print(facts(load_dataset(NAME, data="real", quiet=True)))
     except MedimgError as error:
         print(error, file=sys.stderr)

@@ -8,7 +8,7 @@ __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'bundle_app', 'sc
            'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo', 'doctor',
            'diagnose', 'main']
 
-# %% ../nbs/foundations/cli.ipynb #2260e74a
+# %% ../nbs/foundations/cli.ipynb #80d6e539
 import json
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .demo import columns
 from .errors import ConfigError, MedimgError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -28,15 +29,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 def _say(result, text, as_json):
     """Print the JSON document, or the text for people."""
     print(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else text)
-
-
-def _table(head, rows, title=None) -> str:
-    """A plain table: columns aligned, no colour codes in a pipe."""
-    cells = [list(map(str, head)), *[list(map(str, r)) for r in rows]]
-    widths = [max(len(r[k]) for r in cells) for k in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
-    lines.insert(1, "  ".join("─" * w for w in widths))
-    return "\n".join([title, ""] * bool(title) + lines)
 
 # %% ../nbs/foundations/cli.ipynb #6f90548a
 @app.command()
@@ -114,7 +106,7 @@ def write_volume(volume, folder, name: str) -> list:
     even, suffix = (volume, "") if volume.is_regular else (volume.regularize(), "-regularized")
     return [picture, even.to_nifti(Path(folder) / f"{name}{suffix}.nii.gz")]
 
-# %% ../nbs/foundations/cli.ipynb #fc318d16
+# %% ../nbs/foundations/cli.ipynb #2250e4bf
 data_app = typer.Typer(no_args_is_help=True, help="Registered data sets: list, info, fetch, check.")
 app.add_typer(data_app, name="data")
 
@@ -131,7 +123,7 @@ def data_list(as_json: AsJson = False):
         except MedimgError as error:
             where = f"unusable: {error.what}"
         rows.append({"name": info.name, "task": info.task, "classes": list(info.classes), "licence": info.licence, "where": where})
-    _say(rows, _table(("name", "task", "classes", "licence", "where"), [(r["name"], r["task"], len(r["classes"]), r["licence"], r["where"]) for r in rows]), as_json)
+    _say(rows, columns(("name", "task", "classes", "licence", "where"), [(r["name"], r["task"], len(r["classes"]), r["licence"], r["where"]) for r in rows]), as_json)
 
 
 @data_app.command("info")
@@ -141,7 +133,7 @@ def data_info(name: str, as_json: AsJson = False):
 
     from medimg.data.datasets import dataset_info
     facts = asdict(dataset_info(name))
-    _say(facts, _table(("field", "value"), [(k, v) for k, v in facts.items() if v not in (None, "", ())]), as_json)
+    _say(facts, columns(("field", "value"), [(k, v) for k, v in facts.items() if v not in (None, "", ())]), as_json)
 
 
 @data_app.command("fetch")
@@ -161,7 +153,7 @@ def data_check(name: str, data: DataOption = "real", as_json: AsJson = False):
              "folds": {s: len(dataset.split(s)) for s in ("train", "val", "test")}, "dropped": drop_shared(dataset, quiet=True).meta.get("dropped")}
     _say(facts, "\n".join([repr(dataset), *(f"{k}: {v}" for k, v in facts.items() if k not in ("name", "n"))]), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #56183433
+# %% ../nbs/foundations/cli.ipynb #51d02ba3
 @app.command()
 def train(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
           out: Annotated[Path, typer.Option(help="Run folder; the same command again resumes it.")],
@@ -204,7 +196,7 @@ def metrics_text(result: dict) -> str:
     """
     rows = [(k, f"{e['value']:.3f}", f"{e['low']:.3f} … {e['high']:.3f}") for k, e in result["metrics"].items()]
     reads = f"\nthis test set has been read {result['test_reads']} times (counted in test_reads.jsonl)" if result.get("test_reads") else ""
-    return (_table(("metric", "value", "95 % interval"), rows, f"{result['name']} on {result['dataset']} / {result.get('split', 'test')}, n = {result['n']}")
+    return (f"{result['name']} on {result['dataset']} / {result.get('split', 'test')}, n = {result['n']}\n\n" + columns(("metric", "value", "95 % interval"), rows)
             + f"\n\nintervals: {result['interval']}; {result['n_boot']} bootstrap resamples\nimages: {result['source']}{reads}\n{result['research_use']}")
 
 
@@ -218,7 +210,7 @@ def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr
     auc = result["metrics"]["auc"]
     _say(result, f"{name}: AUC {auc['value']:.4f} [{auc['low']:.4f}, {auc['high']:.4f}] on {result['n_test']} test images; compared with the shipped result: {result['verdict']}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #0a3ef1e6
+# %% ../nbs/foundations/cli.ipynb #b6250ed2
 bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, inspect, verify.")
 app.add_typer(bundle_app, name="bundle")
 
@@ -228,7 +220,7 @@ def bundle_list(as_json: AsJson = False):
     """The shipped bundles."""
     from medimg.deployment.bundle import inspect, shipped
     rows = [inspect(name) for name in sorted(shipped())]
-    _say(rows, _table(("name", "version", "classes", "population"), [(r["name"], r["version"], ", ".join(r["classes"]), r["population"]["description"]) for r in rows]), as_json)
+    _say(rows, columns(("name", "version", "classes", "population"), [(r["name"], r["version"], ", ".join(r["classes"]), r["population"]["description"]) for r in rows]), as_json)
 
 
 @bundle_app.command("inspect")
@@ -236,7 +228,7 @@ def bundle_inspect(bundle: str, as_json: AsJson = False):
     """The manifest of a bundle."""
     from medimg.deployment.bundle import inspect
     facts = inspect(bundle)
-    _say(facts, _table(("field", "value"), [(k, json.dumps(v, ensure_ascii=False)[:140]) for k, v in facts.items()]), as_json)
+    _say(facts, columns(("field", "value"), [(k, json.dumps(v, ensure_ascii=False)[:140]) for k, v in facts.items()]), as_json)
 
 
 @bundle_app.command("verify")
@@ -267,7 +259,7 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     page = api.report(answers, out, title=title)
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #9a40db28
+# %% ../nbs/foundations/cli.ipynb #486bc026
 def answers_text(answers) -> str:
     """Predictions as a table for people.
 
@@ -287,10 +279,10 @@ def answers_text(answers) -> str:
         why = "; ".join((*a.reasons, *((a.error or {}).get("what", ""),) * (a.status == "error"))) or "; ".join(a.warnings) or "-"
         rows.append((a.source, a.status, a.label or "-", p, why))
         models.add(f"{a.model['name']} {a.model['version']}" if a.model else "-")
-    return _table(("study", "status", "answer", f"P({answers[0].classes[-1]})" if answers and answers[0].classes else "P", "reasons and warnings"), rows) + \
+    return columns(("study", "status", "answer", f"P({answers[0].classes[-1]})" if answers and answers[0].classes else "P", "reasons and warnings"), rows) + \
         f"\n\nmodel {', '.join(sorted(models))}; {RESEARCH_USE}"
 
-# %% ../nbs/foundations/cli.ipynb #634b8964
+# %% ../nbs/foundations/cli.ipynb #071d6167
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7, as_json: AsJson = False):
     """Make a patient, read the scans, answer, refuse, write a report. Offline, under a minute."""
@@ -303,7 +295,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and su
 def doctor(as_json: AsJson = False):
     """Versions, processor, data found, optional parts missing and how to get them."""
     facts = diagnose()
-    lines = [_table(("part", "state", "what to do"), [(p["part"], p["state"], p["remedy"] or "-") for p in facts["parts"]], f"medimg {facts['version']}, Python {facts['python']}, {facts['platform']}")]
+    lines = [f"medimg {facts['version']}, Python {facts['python']}, {facts['platform']}\n\n" + columns(("part", "state", "what to do"), [(p["part"], p["state"], p["remedy"] or "-") for p in facts["parts"]])]
     lines.append("\nprocessor: " + facts["cpu"] + "; " + ", ".join(facts["cpu_flags"]))
     lines.append("data folders: " + (", ".join(facts["data_dirs"]) or "none; set MEDIMG_DATA to a folder with data sets"))
     _say(facts, "\n".join(lines), as_json)

@@ -123,9 +123,13 @@ def montage_png(array, path, *, window=None, tiles: int = 24, columns: int | Non
     grey = to_grey(array, window)[spread(len(array), tiles)]
     return write_atomic(path, png_bytes(_sheet([_shrink(image, tile_px) for image in grey], columns)))
 
-# %% ../nbs/foundations/plots.ipynb #fd10356d
+# %% ../nbs/foundations/plots.ipynb #943a53dd
 def spread(n: int, k: int) -> np.ndarray:
     """At most `k` indices spread evenly over `n` slices, each in the middle of its share.
+
+    Returns
+    -------
+    array, (min(n, k),), int, rising
 
     Examples
     --------
@@ -267,7 +271,7 @@ def _palette(buffer, alt):
     image.save(buffer, format="PNG", pnginfo=info, optimize=True)
     return buffer.getvalue()
 
-# %% ../nbs/foundations/plots.ipynb #2cb6e4b7
+# %% ../nbs/foundations/plots.ipynb #bf7c4531
 def show_slice(volume, index: int | None = None, *, axis: str = "z", window=None, mask=None, title: str = "") -> Picture:
     """One slice with axes in mm, the window in its title and, where known, letters for the patient's sides.
 
@@ -298,7 +302,7 @@ def show_slice(volume, index: int | None = None, *, axis: str = "z", window=None
     Examples
     --------
     >>> show_slice(np.zeros((4, 8, 8)), title="nothing")
-    Picture: nothing, slice z = 2 of 0..3, 0 to 0
+    Picture: nothing, slice z = 2 of 0..3, W 1 L 0
     """
     array = _voxels(volume)
     image, index = _cut(array, axis, index)
@@ -345,13 +349,21 @@ def _window_text(volume, window):
     units = getattr(volume, "units", "")
     return f"W {window[1]:.6g} L {window[0]:.6g} {'' if units == 'raw' else units}".strip() if window is not None else ""
 
-# %% ../nbs/foundations/plots.ipynb #310032bd
+# %% ../nbs/foundations/plots.ipynb #862c6355
 def _pixel_mm(volume, axis):
     """(row, column) step of a cut in mm, or None where the volume cannot say."""
     try:
         return tuple(float(mm) for mm, name in zip(volume.spacing_mm, "zyx") if name != axis)
     except (AttributeError, TypeError, MedimgError):
         return None
+
+
+def _sides(volume):
+    """Where z, y and x grow to, as in "SPL"; empty where the volume cannot say."""
+    try:
+        return volume.orientation
+    except (AttributeError, MedimgError):
+        return ""
 
 
 def _size_for(image, pixel_mm, longest=4.0):
@@ -364,7 +376,7 @@ def _draw(axes, grey, volume, axis):
     row, column = _pixel_mm(volume, axis) or (1, 1)
     extent = (0, grey.shape[1] * column, grey.shape[0] * row, 0)
     axes.imshow(grey, extent=extent, vmin=0, vmax=255, interpolation="nearest" if max(grey.shape[:2]) <= 300 else "auto")
-    letters = getattr(volume, "orientation", "") if len(_voxels(volume)) > 1 else ""
+    letters = _sides(volume) if len(_voxels(volume)) > 1 else ""
     rows, columns = [name for name in "zyx" if name != axis]
     unit = "mm" if _pixel_mm(volume, axis) else "pixels"
     axes.set(xlabel=f"{columns} ({unit})", ylabel=f"{rows} ({unit})")
@@ -480,7 +492,7 @@ def slice_slider(volume, *, axis: str = "z", window=None, tiles: int = 8):
     """
     return SliceSlider(volume, axis, window, tiles)
 
-# %% ../nbs/foundations/plots.ipynb #605148ef
+# %% ../nbs/foundations/plots.ipynb #e0ad4954
 class SliceSlider:
     """What `slice_slider` returns: a static picture that turns into a widget where a kernel runs.
 
@@ -488,6 +500,11 @@ class SliceSlider:
     ----------
     volume, axis, window, tiles
         As for `slice_slider`.
+
+    Examples
+    --------
+    >>> SliceSlider(np.zeros((9, 8, 8)), "z", None, 3).frame(0)[1:4]
+    b'PNG'
     """
 
     def __init__(self, volume, axis, window, tiles):
@@ -514,7 +531,7 @@ class SliceSlider:
 
 def _upright(volume, axis, image):
     """Rows that grow to the head are turned, so that the head is up."""
-    letters = getattr(volume, "orientation", "")
+    letters = _sides(volume)
     return image[::-1] if len(letters) == 3 and letters["zyx".index("y" if axis == "z" else "z")] == "S" else image
 
 

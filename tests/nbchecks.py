@@ -19,8 +19,9 @@ MAX_CELL_LINES, MAX_PNG, MAX_NOTEBOOK, MAX_REPO = 35, 100_000, 600_000, 40_000_0
 DIRECTIVES = {"export", "default_exp", "hide"}
 MACHINE_PATH = re.compile(
     r"""(?<![\w.:/~<-])(?:/(?:home|root|tmp|work|Users|var/folders|private|mnt|opt|usr/(?:local/)?lib|workspace|content)/[\w.-]+)"""
-    r"""|site-packages|dist-packages|\b[A-Za-z]:\\\\?[A-Za-z]|\.venv/|ipykernel_\d+""")
-LAYERS = [{"errors"}, {"config"}, {"plots", "course"}, {"data"}, {"models"}, {"training"}, {"evaluation"}, {"deployment"}, {"api"}, {"cli"}]
+    r"""|site-packages|dist-packages|\b[A-Za-z]:\\\\?(?:Users|Windows|Program|Documents|Temp|data|work)|\.venv/|ipykernel_\d+""")
+LAYERS = [{"errors"}, {"config"}, {"plots", "course"}, {"data"}, {"models"}, {"training"}, {"evaluation"}, {"deployment"}, {"api"},
+          {"reproduction"}, {"demo"}, {"cli"}]
 TOP_LEVEL = {"numpy", "medimg"}
 TOP_LEVEL_EXTRA = {"medimg.cli": {"typer", "rich"}}      # a command line cannot declare its commands without them
 

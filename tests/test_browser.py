@@ -23,12 +23,9 @@ pytestmark = pytest.mark.slow
 
 
 def chromium():
-    """The browser's path; without one the test is left out and says how to get it (under MEDIMG_REQUIRE_ALL=1 it fails)."""
+    """The browser's path; without one the test is left out and says how to get it (conftest makes that a failure in CI)."""
     found = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-    if found is None:
-        reason = "no chromium found; remedy: apt-get install chromium (or your system's package), then run again"
-        pytest.fail(reason) if os.environ.get("MEDIMG_REQUIRE_ALL") == "1" else pytest.skip(reason)
-    return found
+    return found or pytest.skip("no chromium found; remedy: apt-get install chromium (or your system's package), then run again")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +76,9 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", home / "repo" / "nbs", ignore=shutil.ignore_patterns("*.py", ".ipynb_checkpoints"))
     (home / "repo" / "results").symlink_to(ROOT / "results")
+    news = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,7 +87,7 @@ def lab(tmp_path_factory):
            "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "TF_CPP_MIN_LOG_LEVEL": "3",
            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--allow-root", f"--notebook-dir={home / 'repo'}"]
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--allow-root", f"--notebook-dir={home / 'repo'}"]
     log = open(home / "lab.log", "w")
     with subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as server:
         try:

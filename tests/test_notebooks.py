@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nbchecks as checks
 import pytest
@@ -46,7 +47,8 @@ def papermill(path):
 @pytest.fixture(scope="session")
 def runs(request):
     """Chapter → the future of its run; the longest of last time start first, and only the selected ones run."""
-    chosen = {i.callspec.params["path"] for i in request.session.items if i.fspath == request.fspath and hasattr(i, "callspec")}
+    chosen = {i.callspec.params["path"] for i in request.session.items
+              if i.path == Path(__file__) and hasattr(i, "callspec")}
     last = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
     order = sorted(chosen, key=lambda p: -last.get(label(p), 999 if "cases" in p.parts or "models" in p.parts else 5))
     with ThreadPoolExecutor(2) as pool:

@@ -48,7 +48,7 @@ def main() -> None:
             rows[group.replace("_", "-")] = round(install(uv, ["", group])[0] - base)
             print(f"{group:12} +{rows[group.replace('_', '-')]} MB", flush=True)
     table = {"command": "python tools/sizes.py", "unit": "MB (1e6 bytes) in site-packages, bytecode included", "base_mb": round(base),
-             "extra_adds_mb": rows, "base_setup_s": {"pip, empty cache": round(pip_s), "uv": round(uv_s)}, "python": platform.python_version(),
+             "extra_adds_mb": rows, "base_setup_s": {"pip, empty cache": round(pip_s), "uv, packages in its cache": round(uv_s)}, "python": platform.python_version(),
              "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "measured": time.strftime("%Y-%m-%d")}
     out = ROOT / "results" / "install_sizes.json"
     out.parent.mkdir(exist_ok=True)

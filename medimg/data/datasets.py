@@ -7,11 +7,13 @@ __all__ = ['SPLITS', 'TASKS', 'REGISTRY', 'image_id', 'ImageDataset', 'select', 
            'verify_file', 'find_dataset', 'fetch', 'read_npz', 'load_dataset', 'facts', 'drop_shared',
            'split_by_patient']
 
-# %% ../../nbs/data/04_datasets.ipynb #2d6612f0
+# %% ../../nbs/data/04_datasets.ipynb #c27b97a1
 import contextlib
 import hashlib
 import os
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -487,7 +489,7 @@ def _with_bar(pieces, title, total, have, progress):
             yield piece
             bar.advance(task, len(piece))
 
-# %% ../../nbs/data/04_datasets.ipynb #61630835
+# %% ../../nbs/data/04_datasets.ipynb #5419b069
 def read_npz(path, info: DatasetInfo) -> dict:
     """The arrays of a MedMNIST-style `.npz` after checks of size, names, shapes and counts; nothing in it is executed.
 
@@ -521,7 +523,7 @@ def read_npz(path, info: DatasetInfo) -> dict:
         _check_zip(path, names, info)
         with np.load(path, allow_pickle=False) as file:
             parts = {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DatasetError(f"cannot be read as {info.name} ({type(error).__name__}: {error})", path=shown,
                            remedy="delete it and fetch it again") from error
     for s, expected in zip(SPLITS, info.counts or (None,) * 3):
@@ -533,6 +535,11 @@ def read_npz(path, info: DatasetInfo) -> dict:
     return {"images": np.concatenate([parts[f"{s}_images"] for s in SPLITS]),
             "labels": labels if info.task == "multilabel" else labels.reshape(len(labels), -1)[:, 0].astype("int64"),
             "splits": np.repeat(SPLITS, [len(parts[f"{s}_labels"]) for s in SPLITS])}
+
+
+#: What Python's and NumPy's readers raise on damaged archives.
+_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, ArithmeticError, SyntaxError,
+           struct.error, zlib.error, zipfile.BadZipFile)
 
 
 def _check_zip(path, names, info):
@@ -614,7 +621,7 @@ def _real(info, data):
     return ImageDataset(info.name, **read_npz(located.path, info), task=info.task, classes=info.classes, licence=info.licence,
                         citation=info.citation, source=located.provenance)
 
-# %% ../../nbs/data/04_datasets.ipynb #8422603f
+# %% ../../nbs/data/04_datasets.ipynb #ae8005ce
 def _phantom(info, n, seed):
     """Phantom radiographs in the image size of `info`; ordinal sets get grades by the size of the planted opacity."""
     from medimg.data.phantom import PHANTOM_VERSION
@@ -639,7 +646,7 @@ def _cohort(n, seed, size=64):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):      # not made yet, or damaged: make it
+    except _DAMAGE:      # not made yet, or damaged: make it
         made = phantom.phantom_cxr(n, seed=seed, size=size, progress=sys.stderr.isatty())
     kept = {key: made[key] for key in ("images", "labels", "masks", "seeds", "splits", "patient_ids")}
     with contextlib.suppress(OSError), atomic_path(path) as tmp:     # a full or read-only disk costs time, not the result

@@ -44,7 +44,7 @@ class Nodule:
     core_diameter_mm: float = 0.0   # of the solid core of a part-solid one
     lobe: str | None = None     # not modelled yet
 
-# %% ../../nbs/data/03_phantom.ipynb #40488b98
+# %% ../../nbs/data/03_phantom.ipynb #88c669b6
 def draw_nodules(an: Anatomy, kinds, *, diameter_mm=(6.0, 20.0), z_range=(-150.0, 150.0)) -> tuple:
     """Plant nodules in the lungs of a person.
 
@@ -52,7 +52,7 @@ def draw_nodules(an: Anatomy, kinds, *, diameter_mm=(6.0, 20.0), z_range=(-150.0
     ----------
     an : Anatomy
     kinds : int or sequence of str
-        How many (kinds drawn: half solid, the rest part-solid or ground-glass), or the kind of each.
+        How many, at most 100 (kinds drawn: half solid, the rest part-solid or ground-glass), or the kind of each.
     diameter_mm : (low, high), in mm
     z_range : (low, high), in mm
         Where the image ends.
@@ -76,6 +76,8 @@ def draw_nodules(an: Anatomy, kinds, *, diameter_mm=(6.0, 20.0), z_range=(-150.0
         kinds = rng.choice(list(NODULE_HU), size=kinds, p=[0.5, 0.25, 0.25]).tolist()
     if unknown := [kind for kind in kinds if kind not in NODULE_HU]:
         raise ConfigError(f"unknown kind of nodule {unknown[0]!r}", remedy=nearest(str(unknown[0]), NODULE_HU))
+    if len(kinds) > 100:
+        raise ConfigError(f"{len(kinds)} nodules do not fit into one person", remedy="plant at most 100")
     nodules = ()
     for kind in kinds:
         size = round(float(rng.uniform(*diameter_mm)), 2)
@@ -85,8 +87,8 @@ def draw_nodules(an: Anatomy, kinds, *, diameter_mm=(6.0, 20.0), z_range=(-150.0
 
 def _place(an, rng, kind, size, others, z_range):
     low, high = max(-140.0, z_range[0] + size), min(130.0, z_range[1] - size)
-    p = np.round(rng.uniform([low, -95, -130], [high, 95, 130], (4000, 3)), 2)
-    room = lung_distance(an, *p.T) < -(size / 2 + 3)
+    p = np.round(rng.uniform([low, -95, -130], [max(high, low), 95, 130], (4000, 3)), 2)
+    room = (lung_distance(an, *p.T) < -(size / 2 + 3)) & (high > low)
     for other in others:
         room &= np.linalg.norm(p[:, ::-1] - other.centroid_mm, axis=1) > (size + other.diameter_mm) / 2 + 6
     if not room.any():

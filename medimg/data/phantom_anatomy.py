@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stream', 'Anatomy', 'draw_anatomy', 'lung_distance', 'body_distance', 'solids', 'tubes', 'beads', 'splat']
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #a2d807b2
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #db64fa02
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,10 @@ def stream(seed: int, name: str) -> np.random.Generator:
     name : str
         The component, for example `"nodules"`.
 
+    Returns
+    -------
+    numpy.random.Generator
+
     Examples
     --------
     >>> bool(stream(0, "a").random() == stream(0, "a").random()), bool(stream(0, "a").random() == stream(0, "b").random())
@@ -28,7 +32,7 @@ def stream(seed: int, name: str) -> np.random.Generator:
     """
     return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=tuple(name.encode())))
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #667984ad
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #3ae59200
 @dataclass(frozen=True)
 class Anatomy:
     """One invented adult; lengths in mm, world LPS with z = 0 a little below the carina.
@@ -40,15 +44,15 @@ class Anatomy:
     (True, True, True)
     """
 
-    seed: int
-    age_years: int
+    seed: int               # the case
+    age_years: int          # 40 to 80
     sex: str                # "M" or "F"
     width_mm: float         # half width of the thoracic cavity
     depth_mm: float         # its half depth, front to back
     apex_mm: float          # z of the lungs' tops
     domes_mm: tuple         # z of the right and the left dome of the diaphragm
     heart_mm: tuple         # (x, y, z) of the heart's centre
-    heart_scale: float
+    heart_scale: float      # relative size of the heart
     heart_tilt_rad: float   # how far the long axis points down
     fat_mm: float           # under the skin
     breast: float           # relative size, 0 in men
@@ -113,7 +117,7 @@ def _wall(an, z, y, x, gap=0.0):
     w, d = _levels(an, z)
     return (np.sqrt((x / (w + gap))**2 + (y / (d + gap))**2) - 1) * (d + gap)
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #a7ba5088
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #d2908edb
 def _diaphragm(an, z, y, x):
     """Positive below the domes of the diaphragm."""
     ax = np.abs(x)
@@ -136,7 +140,7 @@ def _heart(an, z, y, x):
 
 def _spine_xy(an, z):
     """Centre of the vertebral bodies at height z."""
-    return an.bend_mm * np.sin(z / 90), _levels(an, z)[1] - 4
+    return an.bend_mm * np.sin(z / 90), _levels(an, z)[1] - 4 - 0.5 * np.maximum(z - 100, 0)
 
 # %% ../../nbs/data/03a_phantom_anatomy.ipynb #8c1af65d
 def lung_distance(an: Anatomy, z, y, x, heart=None):
@@ -215,7 +219,7 @@ def _spine(an, hu, z, y, x, edge):
         _fill(hu, distance, value, edge)
     return np.minimum(np.minimum(np.maximum(body, disc), arch), sternum)
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #24f1280d
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #53f317bb
 def solids(an: Anatomy, z, y, x, edge: float):
     """HU of everything that is not a tube, and the distances it was made from.
 
@@ -248,6 +252,7 @@ def solids(an: Anatomy, z, y, x, edge: float):
                             (liver, 62), (gas, -960), (heart, 42), (lung, -862 + 0.25 * y)):
         _fill(hu, distance, value, edge)
     bone = _spine(an, hu, z, y, x, edge)
+    _fill(hu, edge - body, -1000, edge)                      # nothing sticks out of the skin
     return hu, {"body": body, "heart": heart, "lung": lung, "bone": bone}
 
 # %% ../../nbs/data/03a_phantom_anatomy.ipynb #b423b877

@@ -66,7 +66,7 @@ def _standardize(x, mean, std):
                                remedy="give one number, or one for each channel")
     return (x - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
-# %% ../../nbs/data/06_preprocess.ipynb #abacaca7
+# %% ../../nbs/data/06_preprocess.ipynb #7e376c9d
 @_step()
 def _center_square(x):
     side, (y, x0) = min(x.shape[1:3]), x.shape[1:3]
@@ -91,20 +91,20 @@ def _clahe(x, clip_limit, tiles):
     """Contrast-limited adaptive histogram equalisation on grey values 0 … 255 (Zuiderveld 1994)."""
     import cv2
     _require_grey(x, "clahe")
-    if x.size and (x.min() < 0 or x.max() > 255 or x.max() <= 1 < 255 * float(x.max())):
+    if x.size and (x.min() < 0 or x.max() > 255):
         raise DatasetError(f"clahe needs grey values 0 … 255, got {x.min():.3g} … {x.max():.3g}", remedy="put it before 'scale'")
     worker = cv2.createCLAHE(clipLimit=clip_limit, tileGridSize=(tiles, tiles))
     planes = [worker.apply(np.floor(image[..., 0] + 0.5).astype(np.uint8)) for image in x]
     return np.asarray(planes, np.float32).reshape(x.shape)
 
-# %% ../../nbs/data/06_preprocess.ipynb #80b4eb88
+# %% ../../nbs/data/06_preprocess.ipynb #7f7530c1
 class _Steps:
     """The list itself: immutable, comparable, printable."""
 
     __slots__ = ("steps",)
 
     def __init__(self, steps):
-        object.__setattr__(self, "steps", tuple(_checked_step(step) for step in steps))
+        object.__setattr__(self, "steps", _checked_order([_checked_step(step) for step in steps]))
 
     def __setattr__(self, name, value):
         raise AttributeError("a Preprocessor is immutable; make a new one from a longer list of steps")
@@ -205,7 +205,7 @@ class Preprocessor(_Steps):
         except ConfigError as error:
             raise ConfigError(error.what, path=path, remedy=error.remedy) from error
 
-# %% ../../nbs/data/06_preprocess.ipynb #ef8da984
+# %% ../../nbs/data/06_preprocess.ipynb #34ebcbe6
 def _checked_step(step):
     try:
         name, given = step
@@ -218,6 +218,13 @@ def _checked_step(step):
     if alien := sorted(set(given) - set(declared)):
         raise ConfigError(f"{name}: unknown parameter {alien[0]!r}", remedy=nearest(str(alien[0]), declared) if declared else "it takes none")
     return name, tuple((k, _checked_value(name, k, given.get(k, rule[3]), rule)) for k, rule in sorted(declared.items()))
+
+
+def _checked_order(steps):
+    names = [name for name, _ in steps]
+    if "clahe" in names and (early := {"scale", "standardize"} & set(names[:names.index("clahe")])):
+        raise ConfigError(f"clahe after {sorted(early)[0]} would see other values than 0 … 255", remedy="put clahe before it")
+    return tuple(steps)
 
 
 def _checked_value(step, key, value, rule):

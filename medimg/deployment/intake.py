@@ -54,7 +54,7 @@ class Study:
         """Hash of shape and grey values: equal pictures have equal hashes, whatever the file."""
         return hashlib.sha256(f"{self.image.shape}".encode() + np.ascontiguousarray(self.image).tobytes()).hexdigest()
 
-# %% ../../nbs/deployment/03b_intake.ipynb #2876cb8c
+# %% ../../nbs/deployment/03b_intake.ipynb #39d540bf
 def picture_size(data: bytes) -> tuple:
     """(y, x) in pixels as a PNG or JPEG states it, without decoding (ISO/IEC 15948, ITU-T T.81).
 
@@ -85,7 +85,7 @@ def picture_size(data: bytes) -> tuple:
             return int.from_bytes(data[at + 5:at + 7], "big"), int.from_bytes(data[at + 7:at + 9], "big")
         else:
             at += 2 + max(size, 2)
-    raise DatasetError("is no readable PNG or JPEG", remedy="export the picture again")
+    raise DatasetError("not a readable PNG or JPEG", remedy="export the picture again")
 
 
 def decode_picture(data: bytes) -> tuple:

@@ -83,9 +83,23 @@ def _ratio(name, y, y_hat):
         raise ConfigError(f"{name} is not defined: {_EMPTY[name]}", remedy="evaluate on cases of both classes")
     return top / bottom
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #e291c498
+# %% ../../nbs/evaluation/01_metrics.ipynb #ff4e9291
 def accuracy(y, y_hat) -> float:
-    """Share of right answers, in [0, 1], for any number of classes; `y`, `y_hat`: (n,) int. It hides rare classes.
+    """Share of right answers; it hides rare classes.
+
+    Parameters
+    ----------
+    y, y_hat : array, (n,), int, any number of classes
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When the lengths differ.
 
     Examples
     --------
@@ -97,7 +111,21 @@ def accuracy(y, y_hat) -> float:
 
 
 def sensitivity(y, y_hat) -> float:
-    """Share of the sick (y == 1) that were found (recall), in [0, 1]; `y`, `y_hat`: (n,) 0 or 1; ConfigError without sick cases.
+    """Share of the sick (y == 1) that were found; also called recall.
+
+    Parameters
+    ----------
+    y, y_hat : array, (n,), 0 or 1
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When nobody is sick.
 
     Examples
     --------
@@ -108,7 +136,21 @@ def sensitivity(y, y_hat) -> float:
 
 
 def specificity(y, y_hat) -> float:
-    """Share of the healthy (y == 0) that raised no alarm, in [0, 1]; `y`, `y_hat`: (n,) 0 or 1; ConfigError without healthy cases.
+    """Share of the healthy (y == 0) that raised no alarm.
+
+    Parameters
+    ----------
+    y, y_hat : array, (n,), 0 or 1
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When nobody is healthy.
 
     Examples
     --------
@@ -117,11 +159,23 @@ def specificity(y, y_hat) -> float:
     """
     return _ratio("specificity", y, y_hat)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #7939df97
+# %% ../../nbs/evaluation/01_metrics.ipynb #588d4496
 def ppv(y, y_hat) -> float:
-    """Positive predictive value (precision): share of the alarms that were right; depends on how common the disease is.
+    """Positive predictive value (precision), the share of alarms that are right; it depends on the prevalence.
 
-    `y`, `y_hat`: (n,) 0 or 1; ConfigError without alarms.
+    Parameters
+    ----------
+    y, y_hat : array, (n,), 0 or 1
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When there is no alarm.
 
     Examples
     --------
@@ -132,7 +186,21 @@ def ppv(y, y_hat) -> float:
 
 
 def npv(y, y_hat) -> float:
-    """Negative predictive value: share of the all-clears that were right; `y`, `y_hat`: (n,) 0 or 1; ConfigError without any.
+    """Negative predictive value, the share of all-clears that are right; it depends on the prevalence.
+
+    Parameters
+    ----------
+    y, y_hat : array, (n,), 0 or 1
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When there is no all-clear.
 
     Examples
     --------
@@ -143,7 +211,21 @@ def npv(y, y_hat) -> float:
 
 
 def f1(y, y_hat) -> float:
-    """Harmonic mean of sensitivity and PPV, in [0, 1]; blind to true negatives; `y`, `y_hat`: (n,) 0 or 1.
+    """Harmonic mean of sensitivity and PPV; blind to true negatives.
+
+    Parameters
+    ----------
+    y, y_hat : array, (n,), 0 or 1
+        Truth and answers.
+
+    Returns
+    -------
+    float in [0, 1]
+
+    Raises
+    ------
+    ConfigError
+        When nobody is sick and there is no alarm.
 
     Examples
     --------
@@ -228,13 +310,13 @@ def _macro(y, p, w):
         return _auc_weighted(y, p, w)
     return np.mean([_auc_weighted((y == c).astype(int), p[:, c], w) for c in range(p.shape[1])], axis=0)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #44365780
+# %% ../../nbs/evaluation/01_metrics.ipynb #b72b6924
 class RocCurve(NamedTuple):
-    """Rates at every threshold, from "nobody" to "everybody": three arrays (t,); the first threshold is infinite."""
+    """Rates at every threshold, from "nobody is positive" to "everybody is"."""
 
-    fpr: np.ndarray
-    tpr: np.ndarray
-    thresholds: np.ndarray
+    fpr: np.ndarray             # (t,) false positive rate, 0 to 1
+    tpr: np.ndarray             # (t,) true positive rate, 0 to 1
+    thresholds: np.ndarray      # (t,) falling; the first is infinite
 
 
 def roc_curve(y, s) -> RocCurve:
@@ -334,7 +416,7 @@ def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (0.0 if k == 0 else max(0.0, middle - half)), (1.0 if k == n else min(1.0, middle + half))
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #a8fbb6f3
+# %% ../../nbs/evaluation/01_metrics.ipynb #0cd51383
 @dataclass(frozen=True, repr=False)
 class Estimate:
     """A value with its interval; an undefined value is NaN (null in JSON), and `method` says why.
@@ -387,7 +469,7 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Estimate":
-        """The inverse of `to_dict`."""
+        """An estimate from the `fields` that `to_dict` made."""
         return cls(**{key: math.nan if v is None and key != "method" else v for key, v in fields.items()})
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #ef75f466

@@ -271,7 +271,7 @@ def _graph_of_step(model, optimizer, average, loss, clip_norm):
 
     return step
 
-# %% ../../nbs/training/02_trainer.ipynb #a7b0f0b6
+# %% ../../nbs/training/02_trainer.ipynb #ac80ff89
 _FILES = ("checkpoint.npz", "run.json", "history.csv", "model.keras", "preprocess.json", "training_ids.txt")
 
 
@@ -315,6 +315,7 @@ class _Run:
         self.best = [arrays[f"best/{i:04d}"] for i in range(len(self.best))]
         for name in ("epoch", "history", "best_epoch", "status", "wall_s", "resumed"):
             setattr(self, name, facts[name])
+        self.history = [_in_order(row) for row in self.history]
         return facts["platform"] != self.platform
 
 # %% ../../nbs/training/02_trainer.ipynb #bace3e62
@@ -366,7 +367,7 @@ def _same_run(facts, run):
         raise ConfigError(f"the folder holds another run ({'; '.join(differs)})", path=run.out,
                           remedy="give another --out, or start over with --fresh (resume=False)")
 
-# %% ../../nbs/training/02_trainer.ipynb #45eef1c2
+# %% ../../nbs/training/02_trainer.ipynb #20ed4b55
 class _Diverged(Exception):
     def __init__(self, epoch, batch, steps):
         super().__init__(f"the loss is not finite in epoch {epoch}, batch {batch} of {steps}")
@@ -391,7 +392,7 @@ def _validate(run):
     from medimg.models.networks import to_probability
     with run.state.averaged():
         logits = run.state.logits(run.x_val)
-    if not np.isfinite(logits).all():
+    if not all(np.isfinite(a).all() for a in (logits, *run.state.average, *run.model.get_weights())):
         raise _Diverged(run.epoch + 1, run.steps, run.steps)
     p = to_probability(logits, run.dataset.task)
     return {"loss": log_loss(run.val.labels, p)} | {name: float(metric(run.val.labels, p)) for name, metric in run.metrics.items()}
@@ -405,11 +406,17 @@ def _epoch(run, advance):
     seconds = time.perf_counter() - start
     row = {"epoch": run.epoch + 1, "learning_rate": run.rate((run.epoch + 1) * run.steps - 1), "loss": loss,
            **{f"val_{name}": value for name, value in values.items()}, "seconds": round(seconds, 3)}
-    run.history.append(row)
+    run.history.append(_in_order(row))
     run.epoch, run.wall_s = run.epoch + 1, run.wall_s + seconds
     if _is_best(run):
         run.best, run.best_epoch = [a.numpy() for a in run.state.average], run.epoch
     return row
+
+
+def _in_order(row):
+    """The columns of a history row as a reader wants them, whatever order a file kept them in."""
+    first = ("epoch", "learning_rate", "loss")
+    return {name: row[name] for name in (*first, *sorted(row.keys() - {*first, "seconds"}), "seconds")}
 
 
 def _is_best(run):
@@ -574,7 +581,7 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         raise _diverged(run, error, about or {}) from None
     return _finish(run, about or {})
 
-# %% ../../nbs/training/02_trainer.ipynb #6a047dbd
+# %% ../../nbs/training/02_trainer.ipynb #ad78982d
 def _check_folder(out, resume):
     if not resume:
         for name in _FILES:
@@ -600,7 +607,7 @@ def _open(run, reporter):
 
 def _diverged(run, error, about):
     arrays, facts = load_checkpoint(run.checkpoint)
-    run.history, run.epoch, run.best_epoch = facts["history"], facts["epoch"], facts["best_epoch"]
+    run.history, run.epoch, run.best_epoch = [_in_order(row) for row in facts["history"]], facts["epoch"], facts["best_epoch"]
     run.best, run.status = [arrays[f"best/{i:04d}"] for i in range(len(run.best))], "diverged"
     _finish(run, about)
     kept = f"the weights of epoch {run.best_epoch} are kept" if run.best_epoch else "the first weights are kept"

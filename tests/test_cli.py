@@ -1,0 +1,180 @@
+"""The command line as its user meets it: real processes, exit codes, one-line errors, JSON, whole files or none."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom.data import get_testdata_file
+
+CT = get_testdata_file("CT_small.dcm")
+
+
+def medimg(*arguments, cwd=None, env=None, check=None):
+    done = subprocess.run([sys.executable, "-m", "medimg.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600,
+                          env={**os.environ, **(env or {})})
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def mistake(*arguments, cwd=None, words=(), env=None):
+    """A user's mistake: exit code 2, one line on stderr, no traceback, nothing on stdout."""
+    done = medimg(*arguments, cwd=cwd, check=2, env=env)
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_every_command_has_help():
+    top = medimg("--help", check=0).stdout
+    for verb in ("scan", "read", "data", "train", "evaluate", "reproduce", "bundle", "predict", "report", "demo", "doctor"):
+        assert verb in top
+        assert "--help" in medimg(verb, "--help", check=0).stdout
+
+
+def test_scan_of_the_real_thorax_ct(data_root):
+    series = json.loads(medimg("scan", data_root / "thorax_ct", "--json", check=0).stdout)["series"]
+    ct, structures = series
+    assert (ct["modality"], ct["shape"], ct["spacing_mm"], ct["findings"]) == ("CT", [99, 512, 512], [3.0, 0.9766, 0.9766], [])
+    assert structures["modality"] == "RTSTRUCT" and structures["references"] == [ct["series_uid"]]
+
+
+def test_read_of_the_real_thorax_ct_equals_the_reference(data_root, tmp_path):
+    reference = json.loads((data_root / "reference.json").read_text())["thorax_ct"]
+    facts = json.loads(medimg("read", data_root / "thorax_ct", "--out", tmp_path, "--json", check=0).stdout)
+    assert (facts["min"], facts["max"]) == (reference["hu_min"], reference["hu_max"]) and facts["mean"] == pytest.approx(reference["hu_mean"], abs=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thorax_ct.nii.gz", "thorax_ct.png"]
+    image = nib.load(tmp_path / "thorax_ct.nii.gz")
+    assert image.shape == (512, 512, 99) and np.allclose(image.header.get_zooms(), (0.9766, 0.9766, 3))
+    assert np.asarray(image.dataobj).mean() == pytest.approx(reference["hu_mean"], abs=1e-3)
+    assert (tmp_path / "thorax_ct.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_nifti_written_by_read_can_be_read_again(tmp_path):
+    medimg("read", CT, "--out", tmp_path, check=0)
+    [nifti] = tmp_path.glob("*.nii.gz")
+    assert json.loads(medimg("read", nifti, "--no-write", "--json", check=0).stdout)["shape"] == [1, 128, 128]
+
+
+def test_bad_files_are_one_line_and_leave_nothing(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "text.dcm").write_text("hello " * 100)
+    (tmp_path / "cut.dcm").write_bytes(Path(CT).read_bytes()[:-9000])
+    (tmp_path / "empty").mkdir()
+    for name, words in (("absent.dcm", ["absent.dcm", "check the path"]), ("text.dcm", ["text.dcm", "DICM"]), ("cut.dcm", ["cut.dcm", "truncated"]), ("empty", ["empty", "no DICOM"])):
+        mistake("read", tmp_path / name, "--out", out, words=words)
+    assert not out.exists()
+
+
+def test_unknown_transfer_syntax_and_mixed_series(tmp_path):
+    import pydicom
+    ds = pydicom.dcmread(get_testdata_file("MR_small_jp2klossless.dcm"))
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.103"
+    ds.save_as(tmp_path / "video.dcm")
+    mistake("read", tmp_path / "video.dcm", words=["video.dcm", "no decoder"], cwd=tmp_path)
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("CT_small.dcm", "MR_small.dcm"):
+        (two / name).write_bytes(Path(get_testdata_file(name)).read_bytes())
+    assert "2 image series" in mistake("read", two, cwd=tmp_path, words=["series_uid"])
+
+
+def test_data_mistakes_name_the_nearest(tmp_path):
+    mistake("data", "info", "pneumonia-mnist", words=["pneumoniamnist"])
+    mistake("train", "retinamist", "--out", tmp_path / "r", words=["retinamnist"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_wrong_checksum_is_refused(tmp_path):
+    np.savez(tmp_path / "pneumoniamnist.npz", train_images=np.zeros((2, 28, 28), "uint8"))
+    mistake("data", "check", "pneumoniamnist", words=["pneumoniamnist.npz"], env={"MEDIMG_DATA": str(tmp_path), "MEDIMG_CACHE": str(tmp_path / "cache")})
+
+
+def test_one_changed_byte_in_a_bundle(tmp_path):
+    import shutil
+
+    from medimg.deployment.bundle import bundles_dir
+    bundle = shutil.copytree(bundles_dir() / "pneumonia", tmp_path / "b")
+    raw = bytearray((bundle / "model.onnx").read_bytes())
+    raw[1000] ^= 1
+    (bundle / "model.onnx").write_bytes(raw)
+    mistake("predict", bundle, CT, words=["model.onnx"])
+    mistake("bundle", "verify", bundle, words=["model.onnx"])
+    mistake("bundle", "inspect", "pneumnia", words=["pneumonia"])
+
+
+def test_predict_refuses_a_ct_and_answers_a_phantom(tmp_path):
+    from medimg.demo import make_patient
+    patient = make_patient(tmp_path, seed=11)
+    [ct] = json.loads(medimg("predict", "pneumonia", CT, "--json", check=0).stdout)
+    assert ct["status"] == "refused" and ct["probability"] is None and any("CT" in r for r in ct["reasons"])
+    [cxr] = json.loads(medimg("predict", "phantom-cxr", patient["cxr"], "--json", check=0).stdout)
+    assert cxr["status"] == "answered" and sum(cxr["probability"].values()) == pytest.approx(1, abs=1e-6)
+    assert "research use" in json.dumps(cxr)
+
+
+def test_an_image_too_small_for_the_bundle_is_a_mistake(tmp_path):
+    import cv2
+    cv2.imwrite(str(tmp_path / "tiny.png"), np.full((3, 3), 99, "uint8"))
+    mistake("predict", "pneumonia", tmp_path / "tiny.png", words=["tiny.png"])
+
+
+def test_one_bad_file_does_not_stop_the_rest(tmp_path):
+    from medimg.demo import make_patient
+    patient = make_patient(tmp_path / "p", seed=11)
+    (tmp_path / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 40)
+    done = medimg("predict", "phantom-cxr", patient["cxr"], tmp_path / "bad.dcm", "--json", check=2)
+    assert [a["status"] for a in json.loads(done.stdout)] == ["answered", "error"]
+
+
+def test_doctor_says_what_is_missing():
+    facts = json.loads(medimg("doctor", "--json", check=0).stdout)
+    assert facts["python"].startswith("3.") and all(p["state"] != "missing" or p["remedy"] for p in facts["parts"])
+
+
+def test_prediction_needs_no_tensorflow(tmp_path):
+    code = ("import sys; from medimg.cli import app; "
+            f"app(['predict', 'pneumonia', {CT!r}], standalone_mode=False); "
+            "bad = {'tensorflow', 'keras', 'matplotlib', 'pandas'} & set(sys.modules); print(bad); sys.exit(bool(bad))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_train_killed_and_resumed_equals_uninterrupted(tmp_path):
+    line = ("train", "phantom-cxr", "--profile", "ci", "--n", "60", "--data", "phantom", "--epochs", "4")
+    medimg(*line, "--out", tmp_path / "whole", check=0)
+    process = subprocess.Popen([sys.executable, "-m", "medimg.cli", *line, "--out", str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (tmp_path / "cut" / "checkpoint.npz").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    medimg(*line, "--out", tmp_path / "cut", check=0)
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
+    assert runs[1]["resumed"] == 1, "the process ended before it could be killed"
+    keep = [{k: v for k, v in row.items() if not k.endswith("_s") and k != "seconds"} for row in runs[0]["history"]], [{k: v for k, v in row.items() if not k.endswith("_s") and k != "seconds"} for row in runs[1]["history"]]
+    assert keep[0] == keep[1] and runs[0]["threshold"] == runs[1]["threshold"]
+    other = mistake(*line[:-1], "3", "--seed", "5", "--out", tmp_path / "cut")
+    assert "--out" in other or "--fresh" in other
+    result = json.loads(medimg("evaluate", tmp_path / "cut", "--split", "val", "--data", "phantom", "--n-boot", "100", "--json", check=0).stdout)
+    assert result["metrics"]["auc"]["low"] <= result["metrics"]["auc"]["value"] <= result["metrics"]["auc"]["high"]
+
+
+def test_demo_is_complete_and_quick_enough_to_love(tmp_path):
+    done = medimg("demo", "--out", tmp_path / "demo", check=0, cwd=tmp_path)
+    assert "report" in done.stdout and "refused" in done.stdout and "answered" in done.stdout
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    by = {(a["model"]["name"], a["status"]) for a in summary["answers"]}
+    assert ("phantom-cxr", "answered") in by and ("pneumonia", "refused") in by
+    first = summary["answers"][0]
+    assert first["label"] == first["classes"][1], "the planted opacity was not called"
+    assert summary["heat_map"]["share_inside"] > summary["heat_map"]["lesion_share"], "the heat map points no better than chance"
+    assert "research use" in (tmp_path / "demo" / "report.html").read_text()

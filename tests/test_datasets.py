@@ -1,0 +1,484 @@
+"""Data sets: identity, provenance, download, splits. Independent references: hashlib, zipfile, plain loops."""
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import pickle
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medimg.data import datasets as ds
+from medimg.errors import ChecksumError, ConfigError, DatasetError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def npz_bytes(n=(6, 3, 4), shape=(5, 5), seed=0, compress=True, **changed):
+    """A tiny MedMNIST-style file."""
+    rng = np.random.default_rng(seed)
+    parts = {}
+    for split, k in zip(ds.SPLITS, n):
+        parts[f"{split}_images"] = rng.integers(0, 256, (k, *shape), dtype="uint8")
+        parts[f"{split}_labels"] = rng.integers(0, 2, (k, 1)).astype("uint8")
+    parts.update(changed)
+    file = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(file, **parts)
+    return file.getvalue()
+
+
+def info_for(content, url="https://example.org/tiny.npz", **more):
+    return ds.DatasetInfo("tiny", "binary", ("no", "yes"), (5, 5), (6, 3, 4), url, hashlib.md5(content).hexdigest(), **more)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An empty MEDIMG_DATA folder and an empty cache."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("MEDIMG_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MEDIMG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MEDIMG_OFFLINE", raising=False)
+    ds._UNREACHABLE.clear()
+    return tmp_path / "data"
+
+
+class Server:
+    """A loopback HTTP server that serves `content`, possibly cut short, with or without ranges; `seen` lists the Range headers."""
+
+    def __init__(self, content, *, cut=None, ranges=True, status=200):
+        self.seen, outer = [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                wanted = self.headers.get("Range")
+                outer.seen.append(wanted)
+                if status != 200:
+                    return self.send_error(status)
+                start = int(wanted.split("=")[1].rstrip("-")) if wanted and ranges else 0
+                if start >= len(content):
+                    return self.send_error(416)
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                self.wfile.write(content[start:outer.cut])
+                outer.cut = None       # only the first transfer breaks off
+
+            def log_message(self, *args):
+                pass
+
+        self.cut, self.server = cut, ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/files/tiny.npz?download=1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def toy(n=12, seed=0, splits=None, patients=None):
+    rng = np.random.default_rng(seed)
+    return ds.ImageDataset("toy", rng.integers(0, 256, (n, 6, 6), dtype="uint8"), rng.integers(0, 2, n),
+                           splits if splits is not None else rng.choice(ds.SPLITS, n), classes=("no", "yes"), patient_ids=patients)
+
+
+# ---------------------------------------------------------------- identity
+
+def test_image_id_is_sha256_of_shape_type_and_bytes():
+    image = np.arange(12, dtype="uint8").reshape(3, 4)
+    assert ds.image_id(image) == hashlib.sha256(b"(3, 4)|u1" + image.tobytes()).hexdigest()[:16]
+    assert ds.image_id(image) == ds.image_id(np.asfortranarray(image)) != ds.image_id(image.T)
+    assert len({ds.image_id(image), ds.image_id(image.astype("uint16")), ds.image_id(image.reshape(4, 3))}) == 3
+
+
+def test_checksum_is_what_the_design_says():
+    d = toy()
+    rows = sorted(f"{ds.image_id(i)},{y},{s}" for i, y, s in zip(d.images, d.labels, d.splits))
+    assert d.checksum == hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 10**6))
+def test_order_of_the_file_does_not_matter(n, seed):
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 3, (n, 1, 2), dtype="uint8"), rng.integers(0, 2, n)      # many equal images
+    splits, patients = rng.choice(ds.SPLITS, n), rng.integers(0, 5, n).astype(str)
+    mixed = rng.permutation(n)
+    a = ds.ImageDataset("a", images, labels, splits, classes=("x", "y"), patient_ids=patients, meta={"age": np.arange(n), "k": 1})
+    b = ds.ImageDataset("b", images[mixed], labels[mixed], splits[mixed], classes=("x", "y"), patient_ids=patients[mixed])
+    assert a.checksum == b.checksum
+    for column in ("images", "labels", "splits", "patient_ids", "image_ids"):
+        assert (getattr(a, column) == getattr(b, column)).all()
+    assert sorted(a.meta["age"]) == list(range(n)) and (labels[a.meta["age"]] == a.labels).all()
+    assert list(a.image_ids) == sorted(a.image_ids)
+
+
+def test_any_change_changes_the_checksum():
+    d, seen = toy(splits=["train"] * 6 + ["val"] * 3 + ["test"] * 3), set()
+    for column in (None, "images", "labels", "splits"):
+        columns = {k: np.array(getattr(d, k)) for k in ("images", "labels", "splits")}
+        if column == "splits":
+            columns["splits"][0] = "val" if columns["splits"][0] != "val" else "test"
+        elif column:
+            columns[column].flat[0] ^= 1
+        seen.add(ds.ImageDataset("c", **columns, classes=("no", "yes")).checksum)
+    assert len(seen) == 4
+
+
+def test_rows_cannot_be_written_and_survive_pickle():
+    d = toy()
+    with pytest.raises(ValueError):
+        d.images[0] = 0
+    with pytest.raises(AttributeError):
+        d.labels = None
+    assert pickle.loads(pickle.dumps(d)).checksum == d.checksum
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"labels": [0]}, "labels"), ({"labels": [0, 2]}, "0 to 1"), ({"labels": [0.0, 1.0]}, "whole"), ({"labels": [-1, 0]}, "whole"),
+    ({"splits": ["train", "dev"]}, "dev"), ({"splits": ["train"]}, "splits"), ({"task": "binar"}, "binary"),
+    ({"images": np.zeros((2, 4, 4))}, "float64"), ({"images": np.zeros((4, 4), "uint8")}, "uint8"), ({"task": "multilabel"}, "multilabel"),
+    ({"patient_ids": ["a"]}, "patient_ids"), ({"masks": np.zeros((3, 4, 4), bool)}, "masks")])
+def test_wrong_columns_are_refused(change, word):
+    good = dict(images=np.zeros((2, 4, 4), "uint8"), labels=[0, 1], splits=["train", "val"], classes=("a", "b"))
+    ds.ImageDataset("ok", **good)
+    with pytest.raises(DatasetError, match=word):
+        ds.ImageDataset("bad", **{**good, **change})
+
+
+def test_multilabel_columns():
+    d = ds.ImageDataset("m", np.arange(32, dtype="uint8").reshape(2, 4, 4), [[0, 1], [1, 1]], ["train", "val"], "multilabel", ("a", "b"))
+    assert d.split("val").labels.shape == (1, 2) and "b 2" in repr(d)
+
+
+def test_split_and_unknown_split():
+    d = toy()
+    assert sum(len(d.split(s)) for s in ds.SPLITS) == len(d)
+    with pytest.raises(DatasetError, match="train"):
+        d.split("trian")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 50))
+def test_take_keeps_proportions(n, seed):
+    d = toy(80, seed=3)
+    part = d.take(n, seed)
+    assert len(part) == min(n, 80) and part.checksum == d.take(n, seed).checksum
+    assert set(part.image_ids) <= set(d.image_ids)
+    for split in ds.SPLITS:
+        for label in (0, 1):
+            whole = ((d.splits == split) & (d.labels == label)).sum()
+            got = ((part.splits == split) & (part.labels == label)).sum()
+            assert abs(got - whole * len(part) / 80) <= 1
+
+
+def test_take_is_nested_and_depends_on_the_seed():
+    d = toy(80)
+    assert set(d.take(20, 1).image_ids) <= set(d.take(40, 1).image_ids)
+    assert d.take(20, 1).checksum != d.take(20, 2).checksum
+    with pytest.raises(DatasetError):
+        d.take(0)
+
+
+def test_duplicates_and_drop_shared(capsys):
+    images = np.array([1, 1, 1, 2, 2, 3, 4], "uint8")[:, None, None] * np.ones((1, 4, 4), "uint8")
+    d = ds.ImageDataset("d", images, [0, 0, 0, 1, 1, 0, 1], ["train", "val", "test", "train", "train", "val", "train"], classes=("a", "b"))
+    groups = [sorted(d.splits[rows]) for rows in d.duplicates()]
+    assert sorted(groups) == [["test", "train", "val"], ["train", "train"]]
+    clean = ds.drop_shared(d)
+    assert "removed 1 of 4 training and 1 of 2 validation" in capsys.readouterr().out
+    assert clean.meta["dropped"] == {"train": 1, "val": 1} and len(clean) == 5
+    assert ds.drop_shared(clean, quiet=True).checksum == clean.checksum
+    assert len(clean.split("test")) == len(d.split("test"))
+
+
+# ---------------------------------------------------------------- real data
+
+def test_published_facts_of_pneumoniamnist(data_root):
+    d = ds.load_dataset("pneumoniamnist", data="real", quiet=True)
+    folds = [sorted(d.splits[rows]) for rows in d.duplicates()]
+    assert [(d.splits == s).sum() for s in ds.SPLITS] == [4708, 524, 624]
+    assert sum(f.count("train") > 1 for f in folds) == 18
+    assert sum({"train", "val"} <= set(f) for f in folds) == 8
+    assert not any("test" in f and len(set(f)) > 1 for f in folds)
+    assert [np.bincount(d.split(s).labels).tolist() for s in ds.SPLITS] == [[1214, 3494], [135, 389], [234, 390]]
+    raw = np.load(data_root / "medmnist/pneumoniamnist.npz")      # independent: a set of bytes, no hash
+    train, val = ({i.tobytes() for i in raw[f"{s}_images"]} for s in ("train", "val"))
+    assert len(train & val) == 8 and 4708 - len(train) == 18
+    clean = ds.drop_shared(d, quiet=True)
+    assert clean.meta["dropped"] == {"train": 10, "val": 0}
+    assert not set(clean.split("train").image_ids) & set(clean.split("val").image_ids)
+
+
+def test_provenance_names_mirror_or_official(data_root):
+    path = ds.find_dataset("pneumoniamnist").path
+    official = hashlib.md5(path.read_bytes()).hexdigest() == ds.REGISTRY["pneumoniamnist"].md5
+    d = ds.load_dataset("pneumoniamnist", data="real", quiet=True)
+    assert ("official file" if official else "not byte-identical") in d.source and str(data_root) not in d.source + repr(d)
+    assert "official file, MD5 verified" in ds.load_dataset("retinamnist", quiet=True).source
+
+
+def test_retinamnist(data_root):
+    d = ds.load_dataset("retinamnist", data="real", n=160, quiet=True)
+    assert d.images.shape == (160, 28, 28, 3) and d.task == "ordinal" and d.duplicates() == []
+    assert set(d.labels) == set(range(5))
+
+
+def test_a_mirror_in_another_order_is_the_same_set(data_root, site):
+    raw = np.load(data_root / "medmnist/pneumoniamnist.npz")
+    parts = {}
+    for s in ds.SPLITS:
+        mixed = np.random.default_rng(1).permutation(len(raw[f"{s}_images"]))
+        parts |= {f"{s}_{k}": raw[f"{s}_{k}"][mixed] for k in ("images", "labels")}
+    file = site / "copy" / "pneumoniamnist.npz"
+    file.parent.mkdir()
+    np.savez_compressed(file, **parts)
+    (site / "SHA256SUMS").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  ./copy/pneumoniamnist.npz\n")
+    mirrored = ds.load_dataset("pneumoniamnist", quiet=True)
+    os.environ["MEDIMG_DATA"] = str(data_root)       # put back by the `site` fixture
+    original = ds.load_dataset("pneumoniamnist", quiet=True)
+    assert mirrored.checksum == original.checksum and (mirrored.images == original.images).all()
+
+
+@pytest.mark.parametrize("name", ["pneumoniamnist", "retinamnist"])
+def test_data_scripts(data_root, capsys, name, site):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data_scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    os.environ["MEDIMG_DATA"] = str(data_root)
+    assert script.main([]) == 0
+    out = capsys.readouterr().out
+    assert "CC BY 4.0" in out and "zenodo.org/records/10519652" in out and "Yang" in out and str(data_root) not in out
+    os.environ["MEDIMG_DATA"], os.environ["MEDIMG_OFFLINE"] = str(site), "1"
+    try:
+        assert script.main([]) == 2
+    finally:
+        del os.environ["MEDIMG_OFFLINE"]
+    assert "MEDIMG_DATA" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- proof of bytes
+
+def test_official_mirror_and_stranger(site):
+    content = npz_bytes()
+    info, file = info_for(content), site / "deep" / "er" / "tiny.npz"
+    assert ds.find_dataset(info) is None
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    assert ds.find_dataset(info).provenance == "official file, MD5 verified ($MEDIMG_DATA/deep/er/tiny.npz)"
+    other = npz_bytes(seed=1)
+    file.write_bytes(other)
+    with pytest.raises(ChecksumError, match="SHA256SUMS"):
+        ds.find_dataset(info)
+    digest = hashlib.sha256(other).hexdigest()
+    for folder, line in ((file.parent, f"{digest}  tiny.npz"), (site / "deep", f"{digest.upper()} *er/tiny.npz"), (site, f"{digest}  ./deep/er/tiny.npz")):
+        sums = folder / "SHA256SUMS"
+        sums.write_text(f"# list\n{'0' * 64}  another.npz\n{line}\n")
+        assert "mirror" in ds.find_dataset(info).provenance
+        sums.unlink()
+    (site / "SHA256SUMS").write_text(f"{'0' * 64}  ./deep/er/tiny.npz\n")
+    with pytest.raises(ChecksumError, match="does not match"):
+        ds.load_dataset(info)
+
+
+def test_a_list_outside_the_data_folder_does_not_count(site):
+    content = npz_bytes()
+    (site / "tiny.npz").write_bytes(content)
+    (site.parent / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  data/tiny.npz\n")
+    with pytest.raises(ChecksumError):
+        ds.find_dataset(ds.DatasetInfo("tiny", "binary", ("n", "y"), (5, 5), url="https://example.org/tiny.npz", md5="0" * 32))
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"", "BadZip|EOF|empty"), (b"not a zip", "read"), (npz_bytes()[:300], "read"), (npz_bytes(n=(6, 3, 5)), "test"), (npz_bytes(shape=(5, 6)), "train"),
+    (npz_bytes(train_labels=np.zeros((2, 1), "uint8")), "labels"), (npz_bytes(val_images=np.array([{}], dtype=object)), "pickle|Object"),
+    (npz_bytes(train_images=np.zeros((6, 5, 5), "float32")), "float32"), (npz_bytes(train_labels=np.full((6, 1), 7, "uint8")), "0 to 1")])
+def test_damaged_or_other_files(site, content, word):
+    (site / "tiny.npz").write_bytes(content)
+    with pytest.raises(DatasetError, match=word):
+        ds.load_dataset(info_for(content))
+
+
+def test_missing_part_and_bombs(site):
+    file = io.BytesIO()
+    np.savez(file, train_images=np.zeros((6, 5, 5), "uint8"))
+    with pytest.raises(DatasetError, match="no train_labels"):
+        ds.read_npz(file, info_for(b""))
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", b"\0" * (1 << 22))
+    with pytest.raises(DatasetError, match="unpacked"):
+        ds.read_npz(bomb, info_for(b"", max_bytes=1 << 20))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 60,)})
+    parts = {f"{s}_{k}": header.getvalue() for s in ds.SPLITS for k in ("images", "labels")}
+    lying = io.BytesIO()
+    with zipfile.ZipFile(lying, "w") as archive:
+        for name, value in parts.items():
+            archive.writestr(f"{name}.npy", value)
+    with pytest.raises(DatasetError):
+        ds.read_npz(lying, info_for(b""))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_flipped_byte_gives_a_set_or_a_typed_error(place, value):
+    content = bytearray(npz_bytes())
+    content[place % len(content)] = value
+    with contextlib.suppress(DatasetError):
+        assert len(ds.read_npz(io.BytesIO(bytes(content)), info_for(b""))["images"]) == 13
+
+
+# ---------------------------------------------------------------- download
+
+def test_download_right(site):
+    content = npz_bytes()
+    with Server(content) as server:
+        d = ds.load_dataset(info_for(content, server.url), data="real", quiet=True)
+        assert len(d) == 13 and "official file" in d.source and "$MEDIMG_CACHE/datasets/tiny.npz" in d.source
+        ds.load_dataset(info_for(content, server.url), data="real", quiet=True)
+    assert server.seen == [None]      # the second time it came from the cache
+    assert [p.name for p in (site.parent / "cache/datasets").iterdir()] == ["tiny.npz"]
+
+
+def test_download_wrong_checksum_keeps_nothing(site):
+    content = npz_bytes()
+    with Server(npz_bytes(seed=1)) as server, pytest.raises(ChecksumError, match="published checksum"):
+        ds.load_dataset(info_for(content, server.url), quiet=True)
+    assert not list((site.parent / "cache/datasets").iterdir())
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_after_a_break(site, ranges):
+    content = npz_bytes(compress=False, padding=np.zeros(200_000, "uint8"))
+    with Server(content, cut=150_000, ranges=ranges) as server:
+        info = info_for(content, server.url)
+        with pytest.raises(DatasetError, match="not on this computer") as error:
+            ds.fetch(info, progress=False)
+        assert server.url in str(error.value) and not (site.parent / "cache/datasets/tiny.npz").exists()
+        assert ds.fetch(info, progress=False).read_bytes() == content
+    assert server.seen == [None, "bytes=131072-"]      # whole pieces of 64 KiB are kept
+    assert [p.name for p in (site.parent / "cache/datasets").iterdir()] == ["tiny.npz"]
+
+
+def test_download_stale_part_starts_again(site):
+    content = npz_bytes()
+    part = site.parent / "cache/datasets/tiny.npz.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * (len(content) + 5))
+    with Server(content) as server:
+        assert ds.fetch(info_for(content, server.url), progress=False).read_bytes() == content
+    assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_download_refused(site, status):
+    with Server(b"", status=status) as server, pytest.raises(DatasetError, match="HTTPError.*MEDIMG_DATA"):
+        ds.load_dataset(info_for(npz_bytes(), server.url), data="real")
+
+
+def test_download_too_large(site):
+    content = npz_bytes()
+    with Server(content) as server, pytest.raises(DatasetError, match="believed"):
+        ds.fetch(info_for(content, server.url, max_bytes=100), progress=False)
+
+
+def test_offline_falls_back_or_says_where(site, monkeypatch, capsys):
+    monkeypatch.setenv("MEDIMG_OFFLINE", "1")
+    with pytest.raises(DatasetError) as error:
+        ds.load_dataset("pneumoniamnist", data="real")
+    assert "https://zenodo.org/records/10519652/files/pneumoniamnist.npz" in str(error.value) and "MEDIMG_DATA" in str(error.value)
+    d = ds.load_dataset("pneumoniamnist", n=10)
+    assert "standing in for pneumoniamnist" in capsys.readouterr().out
+    assert d.name == "phantom-cxr" and d.images.shape == (10, 28, 28) and d.classes == ("clear", "opacity") and d.masks.shape == d.images.shape
+    again = ds.load_dataset("pneumoniamnist", n=10, data="phantom", quiet=True)
+    assert again.checksum == d.checksum
+    cached = next((site.parent / "cache/phantom").iterdir())
+    cached.write_bytes(cached.read_bytes()[:100])            # a damaged cache is made again
+    assert ds.load_dataset("phantom-cxr", n=10, quiet=True).images.shape == (10, 64, 64)
+    graded = ds.load_dataset("retinamnist", n=10, data="phantom", quiet=True)
+    assert graded.images.shape == (10, 28, 28, 3) and graded.task == "ordinal" and graded.labels.max() == 4
+    assert (graded.labels > 0).sum() == d.labels.sum()
+
+
+@pytest.mark.parametrize("call, error, word", [
+    (lambda: ds.load_dataset("pneumonia"), DatasetError, "pneumoniamnist"), (lambda: ds.load_dataset("pneumoniamnist", data="mirror"), ConfigError, "auto"),
+    (lambda: ds.fetch("phantom-cxr"), DatasetError, "no official file"), (lambda: ds.find_dataset("xyz"), DatasetError, "known")])
+def test_wrong_names(call, error, word):
+    with pytest.raises(error, match=word):
+        call()
+
+
+def test_registry_is_complete():
+    for name, info in ds.REGISTRY.items():
+        assert info.name == name and info.licence and info.citation and info.task in ds.TASKS
+        if info.url:
+            assert len(info.md5) == 32 and info.url.startswith("https://") and (info.verified == "never" or info.verified[:2] == "20")
+
+
+# ---------------------------------------------------------------- splits
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=80, max_size=300), st.integers(0, 100))
+def test_no_patient_on_two_sides(images_each, seed):
+    patients = np.repeat(np.arange(len(images_each)), np.array(images_each) + (np.arange(len(images_each)) < 80))
+    labels = (patients * 7919 + np.arange(len(patients))) % 2
+    splits = ds.split_by_patient(patients, labels, seed=seed, quiet=True)
+    for p in np.unique(patients):
+        assert len(set(splits[patients == p])) == 1
+    mixed = np.random.default_rng(seed).permutation(len(patients))
+    assert (ds.split_by_patient(patients[mixed], labels[mixed], seed=seed, quiet=True) == splits[mixed]).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(100, 400), st.integers(1, 300), st.integers(0, 9), st.integers(0, 9))
+def test_test_fold_never_moves(n, more, seed_a, seed_b):
+    names = np.array([f"patient {i}" for i in range(n + more)])
+    labels = np.arange(n + more) % 3
+    before = ds.split_by_patient(names[:n], labels[:n], seed=seed_a, quiet=True)
+    after = ds.split_by_patient(names, labels, seed=seed_b, quiet=True)[:n]
+    assert ((before == "test") == (after == "test")).all()
+
+
+def test_fractions_and_strata():
+    rng = np.random.default_rng(0)
+    patients, rare = rng.integers(0, 5000, 20_000), rng.random(5000) < 0.04
+    labels = rare[patients].astype(int)
+    splits = ds.split_by_patient(patients, labels, seed=1, quiet=True)
+    for split, fraction in zip(ds.SPLITS, (0.7, 0.1, 0.2)):
+        assert abs((splits == split).mean() - fraction) < 0.02
+    who, first = np.unique(patients, return_index=True)
+    val = splits[first] == "val"
+    expected = rare[who][splits[first] != "test"].mean()
+    assert abs(rare[who][val].mean() - expected) < 1.5 / val.sum()      # stratified: exact up to one patient
+    assert (ds.split_by_patient(patients, labels, seed=2, quiet=True) != splits).any()
+
+
+def test_a_hundred_thousand_rows():
+    patients = np.random.default_rng(0).integers(0, 30_000, 100_000)
+    splits = ds.split_by_patient(patients, np.zeros(len(patients), int), quiet=True)
+    sets = [set(patients[splits == s].tolist()) for s in ds.SPLITS]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_split_prints_its_proof(capsys):
+    ds.split_by_patient(np.arange(60), np.arange(60) % 2)
+    assert capsys.readouterr().out.startswith("0 of 60 patients shared between folds; train ")
+
+
+@pytest.mark.parametrize("patients, labels, more, word", [
+    (["a"], [0, 1], {}, "1 patient ids but 2"), (["a", "", "b"], [0, 0, 0], {}, "no patient id"), ([1.0, float("nan")], [0, 0], {}, "no patient id"),
+    (["a", None], [0, 0], {}, "no patient id"), (["a", "a"], [0, 0], {}, "too few"), ([1, 2], [0, 0], {"fractions": (0.5, 0.1, 0.1)}, "add up"),
+    ([1, 2], [0, 0], {"fractions": (1.2, -0.4, 0.2)}, "add up"), ([], [], {}, "too few")])
+def test_bad_patients(patients, labels, more, word):
+    with pytest.raises(DatasetError, match=word):
+        ds.split_by_patient(patients, labels, quiet=True, **more)
