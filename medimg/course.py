@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['same', 'exercise', 'check']
 
-# %% ../nbs/foundations/course.ipynb #ce110c90
-import math
+# %% ../nbs/foundations/course.ipynb #285b764d
 from collections.abc import Mapping, Sequence, Set
 
 import numpy as np

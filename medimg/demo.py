@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_patient', 'real_answers', 'heat_against_truth', 'run_demo', 'demo_text', 'columns']
 
-# %% ../nbs/foundations/demo.ipynb #cfe90423
+# %% ../nbs/foundations/demo.ipynb #a7ec854a
 import json
 import time
 from pathlib import Path
@@ -31,7 +31,7 @@ def make_patient(out, *, seed: int = 7) -> dict:
     from medimg.data.phantom import draw_opacity, radiograph, thorax_phantom
     from medimg.data.phantom_dicom import write_ct, write_radiograph
     case, out = thorax_phantom(seed), Path(out)
-    opacity = draw_opacity(case.anatomy)
+    opacity = draw_opacity(case.anatomy, density=(0.8, 0.9), sigma_mm=(18.0, 22.0))     # one that a person sees, too
     image, mask = radiograph(case, opacity=opacity)
     write_ct(case.volume, out / "ct", seed=seed)
     return {"ct": out / "ct", "cxr": write_radiograph(image, out / "cxr.dcm", seed=seed), "truth": mask, "side": opacity.side}

@@ -349,7 +349,7 @@ def _window_text(volume, window):
     units = getattr(volume, "units", "")
     return f"W {window[1]:.6g} L {window[0]:.6g} {'' if units == 'raw' else units}".strip() if window is not None else ""
 
-# %% ../nbs/foundations/plots.ipynb #862c6355
+# %% ../nbs/foundations/plots.ipynb #bcf3197d
 def _pixel_mm(volume, axis):
     """(row, column) step of a cut in mm, or None where the volume cannot say."""
     try:
@@ -383,7 +383,7 @@ def _draw(axes, grey, volume, axis):
     if len(letters) == 3:
         _letter(axes, letters["zyx".index(rows)], letters["zyx".index(columns)])
 
-
+# %% ../nbs/foundations/plots.ipynb #2f8a3ef8
 _OPPOSITE = dict(zip("LRPASI", "RLAPIS"))
 
 

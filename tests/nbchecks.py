@@ -288,18 +288,24 @@ def rank(name):
 
 
 def upward_imports(source, module, order=None):
-    """Imports against DESIGN §2, within a sub-package against the reading order (`order`: dotted name → number)."""
+    """Imports against DESIGN §2, at the top level of a sub-package also against the reading order (`order`: dotted name → number).
+
+    `import medimg` is for `medimg.__version__` and the like only: its public names would lead anywhere.
+    """
     complaints, order = [], order or {}
-    for line, name, _ in imports_of(source, module):
+    through = sorted({n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                      and n.value.id == "medimg" and not n.attr.startswith("__")})
+    for line, name, top in imports_of(source, module):
         if name.split(".")[0] != "medimg" or name == module:
             continue
         here, there = rank(module), rank(name)
         if there is None:
-            complaints.append(f"line {line}: imports {name}, which is in no layer: import from the module that defines it")
+            if not (name == "medimg" and not through or name.startswith("medimg.__")):
+                complaints.append(f"line {line}: imports {name} ({', '.join(through)}), which is in no layer: import from the module that defines it")
         elif there > here or (there == here and module.count(".") == 1):
             complaints.append(f"line {line}: {module} imports {name}, which is not to its left in DESIGN §2")
-        elif there == here and order.get(name, 0) > order.get(module, 99):
-            complaints.append(f"line {line}: {module} imports {name}, whose chapter comes later")
+        elif top and there == here and order.get(name, 0) > order.get(module, 99):
+            complaints.append(f"line {line}: {module} imports {name}, whose chapter comes later; import it inside the function that needs it")
     return complaints
 
 

@@ -1,7 +1,7 @@
 """Exercises: what counts as the same answer, and checks that cannot be written carelessly."""
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medimg import course
@@ -12,16 +12,19 @@ values = st.recursive(numbers | st.booleans() | st.none() | st.text(max_size=5),
                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(values)
 def test_a_value_is_the_same_as_itself(value):
     assert course.same(value, value)
 
 
+@settings(deadline=None)
 @given(values, values)
 def test_same_never_raises_and_is_symmetric(a, b):
     assert course.same(a, b) == course.same(b, a)
 
 
+@settings(deadline=None)
 @given(numbers, st.floats(1e-3, 10))
 def test_tolerance_is_absolute(value, tol):
     assert course.same(value + 0.9 * tol, value, tol=tol)

@@ -30,6 +30,7 @@ def cohort(n=624, seed=0, shift=1.5):
 
 
 # ---- oracles -------------------------------------------------------------------------------------------------------------------
+@settings(deadline=None)
 @given(scored())
 def test_against_scikit_learn(case):
     sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is missing; remedy: pip install 'medimg[course]'")
@@ -72,6 +73,7 @@ def test_auc_is_mann_whitney():
     assert m.auc(y, s) == pytest.approx(u / ((y == 1).sum() * (y == 0).sum()))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
 def test_wilson_against_scipy(share, level):
     stats = pytest.importorskip("scipy.stats", reason="scipy is missing; remedy: pip install medimg")
@@ -95,6 +97,7 @@ def test_newcombe_table(k, n, interval):
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------------------
+@settings(deadline=None)
 @given(scored(), st.sampled_from([np.exp, np.sqrt, lambda s: 3 * s - 7, lambda s: s ** 3]))
 def test_auc_sees_only_ranks(case, rise):
     y, s = case
@@ -102,6 +105,7 @@ def test_auc_sees_only_ranks(case, rise):
     assert m.auc(y, -s) == pytest.approx(1 - m.auc(y, s)) == pytest.approx(m.auc(1 - y, s))
 
 
+@settings(deadline=None)
 @given(scored(), st.randoms(use_true_random=False))
 def test_order_of_cases_does_not_matter(case, random):
     y, s = case
@@ -111,6 +115,7 @@ def test_order_of_cases_does_not_matter(case, random):
     assert np.array_equal(m.confusion(y[order], (s > 0.5)[order], 2), m.confusion(y, s > 0.5, 2))
 
 
+@settings(deadline=None)
 @given(scored())
 def test_youden_threshold_is_the_best(case):
     y, s = case
@@ -119,7 +124,7 @@ def test_youden_threshold_is_the_best(case):
     assert index[0] == pytest.approx(max(index)) and s.min() <= t <= s.max()
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(scored(min_size=8), st.integers(0, 5))
 def test_interval_contains_the_value(case, seed):
     y, s = case

@@ -119,3 +119,18 @@ def test_profile_ci_leaves_no_scraps(runs):
     (names, kept), (names_now, kept_now) = BEFORE, state()
     assert names_now <= names, f"left behind: {sorted(names_now - names)}"
     assert kept_now == kept, f"changed: {sorted(k for k in kept_now.keys() | kept if kept_now.get(k) != kept.get(k))}"
+
+
+def test_a_failing_chapter_shows_its_cell(tmp_path, monkeypatch):
+    """A chapter that breaks: papermill's status, and the cell with its traceback in the message."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    tagged = new_code_cell('profile = "course"', metadata={"tags": ["parameters"]})
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "OUT", tmp_path / "out")
+    path = tmp_path / "nbs" / "broken.ipynb"
+    path.parent.mkdir()
+    nbformat.write(new_notebook(cells=[tagged, new_code_cell("import math"), new_code_cell("side = -4\nmath.sqrt(side)")]), path)
+    _, status, said, out = papermill(path)
+    message = failure(out, said)
+    assert status != 0 and message.startswith("cell:\nside = -4") and "ValueError" in message and "\x1b[" not in message

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -20,6 +20,7 @@ def volume(shape=(6, 20, 30), spacing=(3.0, 1.0, 0.5), **more):
     return SimpleNamespace(array=array, spacing_mm=spacing, units="HU", orientation="SPL", meta={}, **more)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=6), elements=st.floats(-3000, 3000)),
        st.floats(-1000, 1000), st.floats(1, 4000))
 def test_window_is_monotone_and_clips(array, center, width):
@@ -44,6 +45,7 @@ def test_bad_windows(window):
         plots.to_grey(np.zeros(3), window)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)) | st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
 def test_png_is_read_back_by_opencv(image):
     read = cv2.imdecode(np.frombuffer(plots.png_bytes(image), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -63,6 +65,7 @@ def test_montage_png(tmp_path, shape):
     assert image is not None and image.ndim == max(2, len(shape) - 1) and max(image.shape) <= 6 * 194
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 40))
 def test_spread(n, k):
     chosen = plots.spread(n, k)

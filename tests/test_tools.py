@@ -133,7 +133,9 @@ def test_docstrings_do_not_count_as_lines():
     ("medimg.errors", "from .config import sha256_of", True),
     ("medimg.plots", "from .course import check", True),
     ("medimg.deployment.x", "import medimg\nfrom .. import predict", True),
-    ("medimg.data.volume", "from .dicom import scan", True),
+    ("medimg.deployment.x", "def f():\n    import medimg\n    return medimg.__version__", False),
+    ("medimg.deployment.x", "def f():\n    import medimg\n    return medimg.predict", True),
+    ("medimg.data.volume", "from .dicom import scan", True), ("medimg.data.volume", "def f():\n    from .dicom import scan", False),
     ("medimg.data.dicom", "from .volume import Volume", False)])
 def test_import_direction(module, source, bad):
     order = {"medimg.data.volume": 1, "medimg.data.dicom": 2}

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['uniforms', 'Augment', 'as_augment', 'augment_batch', 'Tensors', 'to_tensors', 'epoch_order', 'batches', 'to_tf']
 
-# %% ../../nbs/data/08_pipeline.ipynb #30d33dde
+# %% ../../nbs/data/08_pipeline.ipynb #8f89a9e4
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from .datasets import ImageDataset
 from ..errors import ConfigError, DatasetError, nearest
 
 
@@ -202,7 +201,7 @@ def _warp(x, matrices):
         out[i] = moved.reshape(x.shape[1:])
     return out
 
-# %% ../../nbs/data/08_pipeline.ipynb #a4e2411a
+# %% ../../nbs/data/08_pipeline.ipynb #ddf67e64
 class Tensors(NamedTuple):
     """Prepared images `x` float32 (n, y, x, c), labels `y` int32 (n,) or float32 (n, classes), and `image_ids` (n,) str."""
 
@@ -232,6 +231,7 @@ def to_tensors(dataset, preprocessor=None) -> Tensors:
 
     Examples
     --------
+    >>> from medimg.data.datasets import ImageDataset
     >>> from medimg.data.preprocess import Preprocessor
     >>> toy = ImageDataset("toy", np.zeros((2, 4, 4), "uint8"), [0, 1], ["train"] * 2, classes=("a", "b"))
     >>> to_tensors(toy, Preprocessor([("scale", {})])).x.shape

@@ -205,7 +205,7 @@ class Preprocessor(_Steps):
         except ConfigError as error:
             raise ConfigError(error.what, path=path, remedy=error.remedy) from error
 
-# %% ../../nbs/data/06_preprocess.ipynb #34ebcbe6
+# %% ../../nbs/data/06_preprocess.ipynb #3e81e8f3
 def _checked_step(step):
     try:
         name, given = step
@@ -241,7 +241,7 @@ def _checked_value(step, key, value, rule):
         raise ConfigError(f"{step}: {key} is {value!r}", remedy=f"give {'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
     return kind(value)
 
-
+# %% ../../nbs/data/06_preprocess.ipynb #9793c264
 def _steps_of(text):
     try:
         document = json.loads(text) if isinstance(text, (str, bytes)) else text
@@ -252,7 +252,7 @@ def _steps_of(text):
         raise ConfigError(f"preprocessing schema version {version!r}", remedy="this medimg reads version 1: update it, or export again")
     return steps
 
-# %% ../../nbs/data/06_preprocess.ipynb #1b9d5fdb
+
 def _run(pre, images):
     if not isinstance(images, np.ndarray) and len({np.shape(i) for i in images}) > 1:
         parts = [pre(image) for image in images]

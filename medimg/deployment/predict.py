@@ -53,7 +53,7 @@ def check_fit(study: Study, manifest: dict) -> None:
         raise BundleError(f"a picture of {y} × {x} pixels for a model that needs at least {height} × {width}", path=study.source,
                           remedy="send the original, not a thumbnail")
 
-# %% ../../nbs/deployment/03_predict.ipynb #38bbf795
+# %% ../../nbs/deployment/03_predict.ipynb #7c23ea6d
 def check_scope(study: Study, manifest: dict) -> tuple:
     """Why a study lies outside what the bundle was made for, and what could not be checked: (reasons, warnings).
 
@@ -83,8 +83,8 @@ def check_scope(study: Study, manifest: dict) -> tuple:
     rows += [_compare_age(facts.get("patient_age_years"), who["age_years"]), *_look(study.image)]
     reasons = [text for kind, text in rows if kind == "no"]
     unknown = [text for kind, text in rows if kind == "unknown"]
-    warnings = [f"the file does not state {', '.join(unknown)}: whether the model fits could not be checked"] if unknown else []
-    return (*study.reasons, *reasons), (*study.warnings, *warnings)
+    warnings = [f"the file does not state {', '.join(unknown)}: whether the model fits could not be checked"] if unknown and not reasons else []
+    return (*reasons, *study.reasons), (*study.warnings, *warnings)
 
 # %% ../../nbs/deployment/03_predict.ipynb #cf5ccdbf
 def _compare(what, have, wanted):

@@ -90,7 +90,7 @@ def outlines(mask) -> list:
     contours, _ = cv2.findContours(np.ascontiguousarray(mask, dtype=np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [" ".join(f"{x + 0.5:g},{y + 0.5:g}" for x, y in contour[:, 0]) for contour in contours]
 
-# %% ../../nbs/deployment/05_report.ipynb #32bf2348
+# %% ../../nbs/deployment/05_report.ipynb #fd64fe0c
 _FACTS = (("Modality", "modality"), ("Body part", "body_part"), ("View", "view"), ("Age", "patient_age_years"), ("Sex", "patient_sex"), ("Size", "shape"),
           ("Patient key", "patient_key"), ("Series", "series_uid"))
 _STATES = {"answered": "answered", "refused": "refused", "error": "not readable"}
@@ -119,6 +119,7 @@ def card(prediction: Prediction, *, truth=None) -> dict:
     out = {"source": p.source, "status": p.status, "state": _STATES[p.status], "reasons": p.reasons, "warnings": p.warnings, "model": p.model,
            "score": p.score or {}, "uncertainty": p.uncertainty, "ood": p.ood, "findings": p.findings, "error": p.error, "image": p.picture is not None,
            "verdict": p.label or {"refused": "no answer", "error": "not readable"}.get(p.status, "–"), "bars": _bars(p), "facts": _facts(p),
+           "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""),
            "p": (p.probability or {}).get(p.label), "ood_at": p.ood and 50 * min(2.0, max(0.0, p.ood["score"] / max(p.ood["threshold"], 1e-9)))}
     return {**out, **_films(p, truth)} if out["image"] else out
 
@@ -156,8 +157,8 @@ def _films(p, truth):
     return {"films": films, "overlay": len(films) > 1, "width": width, "height": height, "small": max(height, width) < 256, "boxes": boxes, "truth": truth,
             "marks": bool(boxes or truth)}
 
-# %% ../../nbs/deployment/05_report.ipynb #25c4b8c2
-_TISSUES = ((-1000, "air"), (-500, ""), (-100, "fat"), (40, "soft tissue"), (500, "bone"), (1000, ""))
+# %% ../../nbs/deployment/05_report.ipynb #df43223b
+_TISSUES = ((-1000, "air", ""), (-500, "", ""), (-100, "fat", "end"), (40, "soft tissue", "start"), (500, "bone", ""), (1000, "", ""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +213,7 @@ def hu_histogram(values, *, low: float = -1100, high: float = 1100, bins: int = 
     counts = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))[0].astype(float)
     height = np.sqrt(counts / max(counts.max(), 1)) * 110
     steps = [f"L{400 * (i + side) / bins:.1f},{122 - h:.1f}".replace(".0,", ",") for i, h in enumerate(height) for side in (0, 1)]
-    ticks = [{"x": round(400 * (hu - low) / (high - low), 1), "value": hu, "name": name} for hu, name in _TISSUES]
+    ticks = [{"x": round(400 * (hu - low) / (high - low), 1), "value": hu, "name": name, "side": side} for hu, name, side in _TISSUES]
     peak = low + (int(np.argmax(counts)) + 0.5) * (high - low) / bins
     return {"path": f"M0,122 {' '.join(steps)} L400,122 Z", "ticks": ticks, "title": "Histogram of HU", "alt": f"histogram of HU values, highest near {peak:.0f} HU",
             "note": f"Height: square root of the number of voxels in {(high - low) / bins:.0f} HU. Values beyond the ends count at the ends."}

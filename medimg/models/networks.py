@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'MODELS', 'task_of', 'head_units', 'to_probability', 'article_cnn', 'gated_pooling', 'gated_cnn', 'mlp_28',
            'lung_ct_cnn', 'ModelEntry', 'build_model', 'Predictor', 'load_model']
 
-# %% ../../nbs/models/03_networks.ipynb #8e7b53a3
+# %% ../../nbs/models/03_networks.ipynb #ef7c5dec
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
@@ -31,6 +31,11 @@ def task_of(classes: int, task: str | None = None) -> str:
     task : {"binary", "multiclass", "multilabel", "ordinal"}, optional
         None: binary for two classes, multiclass for more.
 
+    Returns
+    -------
+    str
+        One of `TASKS`.
+
     Raises
     ------
     ConfigError
@@ -50,7 +55,7 @@ def task_of(classes: int, task: str | None = None) -> str:
         raise ConfigError(f"a binary task has 2 classes, not {classes}", remedy='use task="multiclass"')
     return task or ("binary" if classes == 2 else "multiclass")
 
-# %% ../../nbs/models/03_networks.ipynb #e7474831
+# %% ../../nbs/models/03_networks.ipynb #65c504f7
 def head_units(classes: int, task: str | None = None) -> int:
     """How many logits the last layer has: one for a binary task, else one for each class.
 
@@ -60,6 +65,10 @@ def head_units(classes: int, task: str | None = None) -> int:
         How many classes there are, "normal" included.
     task : str, optional
         As in `task_of`.
+
+    Returns
+    -------
+    int
 
     Examples
     --------
@@ -155,7 +164,7 @@ def _merged(given, **defaults):
 def _head(x, classes, task):
     return _keras().layers.Dense(head_units(classes, task), name="logits")(x)
 
-# %% ../../nbs/models/03_networks.ipynb #fb5df888
+# %% ../../nbs/models/03_networks.ipynb #0c141380
 def article_cnn(input_shape, classes, *, task=None, conv=None, pool=None, dense=None, concatenate=False):
     """One convolution, one pooling, a global average and two dense layers (source article 000).
 
@@ -180,7 +189,7 @@ def article_cnn(input_shape, classes, *, task=None, conv=None, pool=None, dense=
 
     Examples
     --------
-    >>> article_cnn((224, 224, 3), 10).count_params()       # doctest: +SKIP
+    >>> article_cnn((224, 224, 3), 10).count_params()
     6410
     """
     layers = _keras().layers
@@ -231,7 +240,7 @@ def _gated_pooling_class():
     globals()["GatedPooling"] = keras.saving.register_keras_serializable("medimg")(GatedPooling)
     return globals()["GatedPooling"]
 
-# %% ../../nbs/models/03_networks.ipynb #9fbc2601
+# %% ../../nbs/models/03_networks.ipynb #b8e3e8fb
 def __getattr__(name):
     """`GatedPooling` is made at first use, so that this module loads without Keras."""
     if name == "GatedPooling":
@@ -260,12 +269,12 @@ def gated_pooling(filters: int, kernel_size=3, strides=1, *, activation=None, **
 
     Examples
     --------
-    >>> gated_pooling(8, activation="sigmoid").compute_output_shape((None, 7, 9, 3))    # doctest: +SKIP
+    >>> gated_pooling(8, activation="sigmoid").compute_output_shape((None, 7, 9, 3))
     (None, 7, 9, 8)
     """
     return _gated_pooling_class()(filters, kernel_size, strides, activation=activation, **kwargs)
 
-# %% ../../nbs/models/03_networks.ipynb #22530717
+# %% ../../nbs/models/03_networks.ipynb #0253bad7
 def gated_cnn(input_shape, classes, *, task=None, filters=(32, 64), kernel_size=3, strides=2, activation="sigmoid"):
     """Gated-pooling blocks, a global average and a linear head (the formula of source article 000, made well-defined).
 
@@ -291,7 +300,7 @@ def gated_cnn(input_shape, classes, *, task=None, filters=(32, 64), kernel_size=
 
     Examples
     --------
-    >>> gated_cnn((28, 28, 1), 2).count_params()            # doctest: +SKIP
+    >>> gated_cnn((28, 28, 1), 2).count_params()
     19009
     """
     if not filters:
@@ -304,7 +313,7 @@ def gated_cnn(input_shape, classes, *, task=None, filters=(32, 64), kernel_size=
     x = _keras().layers.GlobalAveragePooling2D(name="features")(x)
     return _keras().Model(images, _head(x, classes, task), name="gated-cnn")
 
-# %% ../../nbs/models/03_networks.ipynb #b2567c5e
+# %% ../../nbs/models/03_networks.ipynb #c4bbf4b3
 def mlp_28(input_shape, classes, *, task=None, units=(64, 64), activation="relu"):
     """A multi-layer perceptron on a vector of features: 28 - 64 - 64 - 10 in source article 001.
 
@@ -328,7 +337,7 @@ def mlp_28(input_shape, classes, *, task=None, units=(64, 64), activation="relu"
 
     Examples
     --------
-    >>> mlp_28((28,), 10).count_params()                    # doctest: +SKIP
+    >>> mlp_28((28,), 10).count_params()
     6666
     """
     if not units:
@@ -339,7 +348,7 @@ def mlp_28(input_shape, classes, *, task=None, units=(64, 64), activation="relu"
         x = _keras().layers.Dense(width, activation=activation, name=name)(x)
     return _keras().Model(images, _head(x, classes, task), name="mlp-28")
 
-# %% ../../nbs/models/03_networks.ipynb #f49ec07b
+# %% ../../nbs/models/03_networks.ipynb #640d0f32
 def lung_ct_cnn(input_shape, classes, *, task=None, filters=(32, 64), dense=128, head="flatten"):
     """Convolution and pooling, twice, then a dense layer on all positions (source article 003).
 
@@ -365,7 +374,7 @@ def lung_ct_cnn(input_shape, classes, *, task=None, filters=(32, 64), dense=128,
 
     Examples
     --------
-    >>> lung_ct_cnn((256, 256, 3), 2).count_params()        # doctest: +SKIP
+    >>> lung_ct_cnn((256, 256, 3), 2).count_params()
     31509697
     """
     layers = _keras().layers
@@ -379,18 +388,45 @@ def lung_ct_cnn(input_shape, classes, *, task=None, filters=(32, 64), dense=128,
     x = layers.Dense(dense, activation="relu", name="features")(x)
     return _keras().Model(images, _head(x, classes, task), name="lung-ct-cnn")
 
-# %% ../../nbs/models/03_networks.ipynb #e085c04e
+# %% ../../nbs/models/03_networks.ipynb #befaea0a
 @dataclass(frozen=True)
 class ModelEntry:
-    """One line of `MODELS`: where the network is made, the shape and classes it was drawn for, and what it is."""
+    """One line of `MODELS`.
 
-    target: str                     # "module:function"
-    input_shape: tuple[int, ...]    # without the batch axis
+    Parameters
+    ----------
+    target : str
+        Where the network is made, `"module:function"`.
+    input_shape : tuple of int
+        The shape it was drawn for, without the batch axis: (y, x, c) in pixels and channels, or (features,).
+    classes : int
+        The number of classes it was drawn for.
+    about : str
+        What it is, in one clause.
+
+    Examples
+    --------
+    >>> MODELS["mlp-28"].input_shape
+    (28,)
+    """
+
+    target: str
+    input_shape: tuple[int, ...]
     classes: int
     about: str
 
     def function(self):
-        """The function that builds the network; its keyword parameters are the options of `build_model`."""
+        """The function that builds the network; its keyword parameters are the options of `build_model`.
+
+        Returns
+        -------
+        callable
+
+        Examples
+        --------
+        >>> MODELS["mlp-28"].function().__name__
+        'mlp_28'
+        """
         module, _, name = self.target.partition(":")
         return getattr(import_module(module), name)
 
@@ -454,7 +490,7 @@ def build_model(name: str, input_shape, classes: int, *, task: str | None = None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{name} cannot be built with {options or input_shape}: {str(error).splitlines()[0][:160]}") from error
 
-# %% ../../nbs/models/03_networks.ipynb #1eaf2fed
+# %% ../../nbs/models/03_networks.ipynb #99699269
 @runtime_checkable
 class Predictor(Protocol):
     """What training, evaluation and deployment ask of anything that answers images, whatever is inside.
@@ -463,15 +499,48 @@ class Predictor(Protocol):
     ----------
     classes : tuple of str
         Names of the columns of `predict`.
+
+    Examples
+    --------
+    >>> isinstance("not a predictor", Predictor)
+    False
     """
 
     classes: tuple[str, ...]
 
     def predict(self, images) -> np.ndarray:
-        """Probabilities `(n, k)` float64 in [0, 1] for images `(n, y, x[, c])` as the predictor's preprocessing expects them."""
+        """Probabilities for images.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        numpy.ndarray (n, k), float64, in [0, 1]
+
+        Examples
+        --------
+        See `medimg.models.resnet.KerasPredictor`.
+        """
 
     def features(self, images) -> np.ndarray:
-        """The vectors `(n, d)` float32 just before the answer, for the same images."""
+        """The vectors just before the answer.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        numpy.ndarray (n, d), float32
+
+        Examples
+        --------
+        See `medimg.models.resnet.KerasPredictor`.
+        """
 
 
 def load_model(path):

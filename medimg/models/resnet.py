@@ -49,7 +49,7 @@ def _stem(images, width, norm):
                       kernel_initializer="he_normal", name="stem_conv")(images)
     return layers.MaxPooling2D(2, padding="same", name="stem_pool")(x) if small >= 112 else x
 
-# %% ../../nbs/models/04_resnet.ipynb #76200520
+# %% ../../nbs/models/04_resnet.ipynb #2baa4677
 def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2), dropout=0.1, norm="batch", skip=True):
     """A small pre-activation residual network with a global-average head (He et al. 2016, Identity mappings).
 
@@ -84,7 +84,7 @@ def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2),
 
     Examples
     --------
-    >>> small_resnet((28, 28, 1), 2).get_layer("feature_map").output.shape          # doctest: +SKIP
+    >>> small_resnet((28, 28, 1), 2).get_layer("feature_map").output.shape
     (None, 7, 7, 64)
     """
     _check_options(width, blocks, dropout, norm)
@@ -110,7 +110,7 @@ def _check_options(width, blocks, dropout, norm):
     if width < 1 or norm == "group" and width % 8:
         raise ConfigError(f"width {width!r} does not fit norm {norm!r}", remedy="give a positive multiple of 8")
 
-# %% ../../nbs/models/04_resnet.ipynb #88504eb3
+# %% ../../nbs/models/04_resnet.ipynb #24cf1524
 def inference_model(model):
     """The network with the three named outputs that deployment needs, sharing its weights.
 
@@ -137,7 +137,7 @@ def inference_model(model):
 
     Examples
     --------
-    >>> sorted(inference_model(small_resnet((28, 28, 1), 2)).output)                # doctest: +SKIP
+    >>> sorted(inference_model(small_resnet((28, 28, 1), 2)).output)
     ['cam', 'features', 'logits']
     """
     keras = _keras()
@@ -158,7 +158,7 @@ def _has_average_head(named):
         return False
     return features.input is named["feature_map"].output
 
-# %% ../../nbs/models/04_resnet.ipynb #3f056e07
+# %% ../../nbs/models/04_resnet.ipynb #2a2fccdd
 class KerasPredictor:
     """A Keras network behind the `Predictor` protocol: grey values in, probabilities, features and heat maps out.
 
@@ -177,8 +177,7 @@ class KerasPredictor:
 
     Examples
     --------
-    >>> net = small_resnet((28, 28, 1), 2)                                          # doctest: +SKIP
-    >>> KerasPredictor(net, None, ("normal", "sick")).predict(np.zeros((3, 28, 28, 1))).shape       # doctest: +SKIP
+    >>> KerasPredictor(small_resnet((28, 28, 1), 2), None, ("normal", "sick")).predict(np.zeros((3, 28, 28))).shape
     (3, 2)
     """
 
@@ -187,21 +186,82 @@ class KerasPredictor:
         self.task, self.batch_size = task_of(len(self.classes), task), batch_size
 
     def predict(self, images) -> np.ndarray:
-        """Probabilities `(n, k)` float64 in [0, 1], one column for each class, for images `(n, y, x[, c])`."""
+        """Probabilities, one column for each class.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        numpy.ndarray (n, k), float64, in [0, 1]
+
+        Examples
+        --------
+        >>> KerasPredictor(small_resnet((28, 28, 1), 2), None, "ab").predict(np.zeros((1, 28, 28))).sum()
+        np.float64(1.0)
+        """
         return to_probability(self.run(images)["logits"], self.task)
 
     def features(self, images) -> np.ndarray:
-        """The vectors `(n, d)` float32 before the last layer, for images `(n, y, x[, c])`."""
+        """The vectors before the last layer.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        numpy.ndarray (n, d), float32, without unit
+
+        Examples
+        --------
+        >>> KerasPredictor(small_resnet((28, 28, 1), 2), None, "ab").features(np.zeros((1, 28, 28))).shape
+        (1, 64)
+        """
         return self.run(images)["features"]
 
     def cam(self, images) -> np.ndarray:
-        """Class-activation maps `(n, y, x, units)` float32 at the feature map's size, in units of the logit."""
+        """Class-activation maps at the feature map's size.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        numpy.ndarray (n, y, x, units), float32, in units of the logit
+
+        Examples
+        --------
+        >>> KerasPredictor(small_resnet((28, 28, 1), 2), None, "ab").cam(np.zeros((1, 28, 28))).shape
+        (1, 7, 7, 1)
+        """
         if "cam" not in self.model.output:
             raise ConfigError(f"{self.model.name} has no class-activation map", remedy="use a network with a global-average head")
         return self.run(images)["cam"]
 
     def run(self, images) -> dict:
-        """All outputs of the network, by name, for images `(n, y, x[, c])`; batch normalisation is in its inference mode."""
+        """All outputs of the network, by name, with batch normalisation in its inference mode.
+
+        Parameters
+        ----------
+        images : array (n, y, x) or (n, y, x, c), any real dtype
+            As the preprocessing expects them, usually display greys from 0 to 255; without preprocessing, as the network does.
+
+        Returns
+        -------
+        dict of numpy.ndarray, float32
+            `logits` (n, units), `features` (n, d), and `cam` (n, y, x, units) where there is one.
+
+        Examples
+        --------
+        >>> KerasPredictor(small_resnet((28, 28, 1), 2), None, "ab").run(np.zeros((1, 28, 28)))["logits"].shape
+        (1, 1)
+        """
         x = _as_batch(images, self.preprocessor, self.model.input_shape[1:])
         parts = [self.model(x[i:i + self.batch_size], training=False) for i in range(0, len(x), self.batch_size)]
         return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in self.model.output}
