@@ -8,11 +8,11 @@ __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'bundle_app', 'sc
            'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo', 'doctor',
            'diagnose', 'main']
 
-# %% ../nbs/foundations/cli.ipynb #80d6e539
+# %% ../nbs/foundations/cli.ipynb #f55eee86
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ def _say(result, text, as_json):
     """Print the JSON document, or the text for people."""
     print(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else text)
 
-# %% ../nbs/foundations/cli.ipynb #6f90548a
+# %% ../nbs/foundations/cli.ipynb #d474e44b
 @app.command()
 def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files or a .zip.")], as_json: AsJson = False, quiet: Quiet = False):
     """List the DICOM series below a folder, with what is odd about them."""
@@ -41,7 +41,7 @@ def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files o
 
 @app.command()
 def read(path: Annotated[Path, typer.Argument(help="A folder, file or .zip with one series, or NIfTI.")],
-         series: Annotated[Optional[str], typer.Option(help="Series UID, or its ending.")] = None,
+         series: Annotated[str | None, typer.Option(help="Series UID, or its ending.")] = None,
          out: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz and NAME.png.")] = Path("."),
          write: Annotated[bool, typer.Option("--write/--no-write", help="Write the two files, or only show the statistics.")] = True,
          as_json: AsJson = False, quiet: Quiet = False):
@@ -106,7 +106,7 @@ def write_volume(volume, folder, name: str) -> list:
     even, suffix = (volume, "") if volume.is_regular else (volume.regularize(), "-regularized")
     return [picture, even.to_nifti(Path(folder) / f"{name}{suffix}.nii.gz")]
 
-# %% ../nbs/foundations/cli.ipynb #2250e4bf
+# %% ../nbs/foundations/cli.ipynb #3d00d76a
 data_app = typer.Typer(no_args_is_help=True, help="Registered data sets: list, info, fetch, check.")
 app.add_typer(data_app, name="data")
 
@@ -137,7 +137,7 @@ def data_info(name: str, as_json: AsJson = False):
 
 
 @data_app.command("fetch")
-def data_fetch(name: str, folder: Annotated[Optional[Path], typer.Option(help="Where to; default: the cache.")] = None, as_json: AsJson = False, quiet: Quiet = False):
+def data_fetch(name: str, folder: Annotated[Path | None, typer.Option(help="Where to; default: the cache.")] = None, as_json: AsJson = False, quiet: Quiet = False):
     """Download a data set from its official source and check it."""
     from medimg.data.datasets import fetch
     path = fetch(name, folder=folder, progress=not quiet and not as_json)
@@ -153,14 +153,14 @@ def data_check(name: str, data: DataOption = "real", as_json: AsJson = False):
              "folds": {s: len(dataset.split(s)) for s in ("train", "val", "test")}, "dropped": drop_shared(dataset, quiet=True).meta.get("dropped")}
     _say(facts, "\n".join([repr(dataset), *(f"{k}: {v}" for k, v in facts.items() if k not in ("name", "n"))]), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #51d02ba3
+# %% ../nbs/foundations/cli.ipynb #1c77c931
 @app.command()
 def train(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
           out: Annotated[Path, typer.Option(help="Run folder; the same command again resumes it.")],
-          model: Annotated[Optional[str], typer.Option(help="Network; default: the data set's recipe.")] = None,
-          epochs: Annotated[Optional[int], typer.Option(min=1, max=10_000)] = None, seed: Annotated[Optional[int], typer.Option(min=0)] = None,
+          model: Annotated[str | None, typer.Option(help="Network; default: the data set's recipe.")] = None,
+          epochs: Annotated[int | None, typer.Option(min=1, max=10_000)] = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
           profile: Annotated[str, typer.Option(help="ci, course or full: how much is done.")] = "full",
-          n: Annotated[Optional[int], typer.Option(help="About so many images.", min=20)] = None, data: DataOption = "auto",
+          n: Annotated[int | None, typer.Option(help="About so many images.", min=20)] = None, data: DataOption = "auto",
           fresh: Annotated[bool, typer.Option("--fresh", help="Ignore a checkpoint in the run folder.")] = False, as_json: AsJson = False, quiet: Quiet = False):
     """Train a network; Ctrl-C stops it, the same command goes on."""
     from medimg import api
@@ -173,7 +173,7 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
 
 @app.command()
 def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bundle folder, or the name of a shipped bundle.")],
-             dataset: Annotated[Optional[str], typer.Argument(help="Default: the one it was trained on.")] = None,
+             dataset: Annotated[str | None, typer.Argument(help="Default: the one it was trained on.")] = None,
              split: Annotated[str, typer.Option(help="test (counted), val or train.")] = "test", data: DataOption = "auto",
              n_boot: Annotated[int, typer.Option(min=100, max=100_000)] = 2000, as_json: AsJson = False):
     """Print the metrics of a run or bundle, each with its 95 % interval."""
@@ -201,7 +201,7 @@ def metrics_text(result: dict) -> str:
 
 
 @app.command()
-def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr.")], out: Annotated[Optional[Path], typer.Option(help="Default: runs/reproduce/NAME.")] = None,
+def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr.")], out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce/NAME.")] = None,
               profile: str = "full", data: DataOption = "real", update: Annotated[bool, typer.Option("--update", help="Authors: ship the new bundle and result.")] = False,
               as_json: AsJson = False, quiet: Quiet = False):
     """Train, evaluate and pack a recipe again, and compare with what is shipped."""

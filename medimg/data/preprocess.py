@@ -241,7 +241,7 @@ def _checked_value(step, key, value, rule):
         raise ConfigError(f"{step}: {key} is {value!r}", remedy=f"give {'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
     return kind(value)
 
-# %% ../../nbs/data/06_preprocess.ipynb #9793c264
+# %% ../../nbs/data/06_preprocess.ipynb #7e4a881c
 def _steps_of(text):
     try:
         document = json.loads(text) if isinstance(text, (str, bytes)) else text
@@ -271,7 +271,7 @@ def _run(pre, images):
         x = STEPS[name].function(x, **dict(numbers))
     return np.ascontiguousarray(x, dtype=np.float32)
 
-
+# %% ../../nbs/data/06_preprocess.ipynb #550b3d6e
 def _output_shape(pre):
     height = width = channels = None
     for name, numbers in pre.steps:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'make_loss', 'log_loss', 'rank_auc', 'choose_threshold', 'TrainState', 'fit']
 
-# %% ../../nbs/training/02_trainer.ipynb #ed9e63eb
+# %% ../../nbs/training/02_trainer.ipynb #1f5cd9b3
 import contextlib
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import atomic_path, write_atomic
-from ..data.pipeline import batches, to_tensors
+from ..data.pipeline import augment_batch, batches, to_tensors
 from ..errors import ConfigError, DatasetError, MedimgError, nearest
 from .record import RunRecord, TrainConfig, environment, history_csv, load_checkpoint, save_checkpoint
 
@@ -271,7 +271,7 @@ def _graph_of_step(model, optimizer, average, loss, clip_norm):
 
     return step
 
-# %% ../../nbs/training/02_trainer.ipynb #ac80ff89
+# %% ../../nbs/training/02_trainer.ipynb #4fbfb781
 _FILES = ("checkpoint.npz", "run.json", "history.csv", "model.keras", "preprocess.json", "training_ids.txt")
 
 
@@ -280,11 +280,12 @@ class _Run:
 
     def __init__(self, model, dataset, config, preprocessor, out, metrics):
         self.model, self.dataset, self.config, self.preprocessor = model, dataset, config, preprocessor
-        self.out, self.metrics = Path(out), metrics
+        self.out = Path(out)
         self.train, self.val = _folds(dataset)
         self.batch = min(config.batch_size, len(self.train))
         self.steps = len(self.train) // self.batch
         self.tensors, self.x_val = to_tensors(self.train, preprocessor), to_tensors(self.val, preprocessor).x
+        self.metrics = metrics
         self.fingerprint = _fingerprint(model, dataset, config, preprocessor)
         self.state = TrainState(model, config, _loss_for(dataset, self.train, config))
         self.epoch, self.history, self.best, self.best_epoch = 0, [], model.get_weights(), 0
@@ -446,19 +447,17 @@ def _loop(run, reporter):
             run.status = "finished" if run.epoch >= run.config.epochs else "stopped early"
             run.save()
 
-# %% ../../nbs/training/02_trainer.ipynb #5d4bbc1c
+# %% ../../nbs/training/02_trainer.ipynb #0957b41b
 def _finish(run, about):
     """Write the run's files from its best weights and return the record."""
-    from medimg.models.networks import to_probability
     run.model.set_weights(run.best)
-    p = to_probability(run.state.logits(run.x_val), run.dataset.task)
     row = run.history[run.best_epoch - 1] if run.best_epoch else {}
     record = RunRecord(
         **{"name": run.dataset.name, "model": run.model.name} | about, status=run.status, task=run.dataset.task, classes=list(run.dataset.classes),
         config=run.config.to_dict(), seed=run.config.seed, input_shape=list(run.model.input_shape[1:]), dataset=_dataset_facts(run), **environment(),
         fingerprint=run.fingerprint, wall_s=round(run.wall_s, 3), resumed=run.resumed, best_epoch=run.best_epoch, history=run.history,
         metrics={k.removeprefix("val_"): v for k, v in row.items() if k.startswith("val_")},
-        threshold=choose_threshold(run.val.labels, p[:, 1]) if run.dataset.task == "binary" else None)
+        threshold=_threshold(run) if run.dataset.task == "binary" else None)
     with atomic_path(run.out / "model.keras") as tmp:
         run.model.save(tmp)
     write_atomic(run.out / "preprocess.json", run.preprocessor.to_json())
@@ -466,6 +465,15 @@ def _finish(run, about):
     write_atomic(run.out / "history.csv", history_csv(run.history))
     record.save(run.out)
     return record
+
+
+def _threshold(run, variants=8):
+    """Youden's cut on the validation images and on augmented variants of them, with the network's present weights."""
+    from medimg.models.networks import to_probability
+    copies = range(variants if run.config.augment else 0)
+    moved = [augment_batch(run.x_val, run.val.image_ids, augment=run.config.augment, seed=run.config.seed, epoch=k) for k in copies]
+    p = to_probability(run.state.logits(np.concatenate([run.x_val, *moved])), run.dataset.task)
+    return choose_threshold(np.tile(run.val.labels, 1 + len(moved)), p[:, 1])
 
 
 def _dataset_facts(run):
