@@ -6,12 +6,11 @@
 __all__ = ['RESEARCH_USE', 'PROFILES', 'Profile', 'profile_of', 'cache_dir', 'data_dirs', 'find_data', 'atomic_path',
            'write_atomic', 'sha256_of', 'set_seed']
 
-# %% ../nbs/foundations/config.ipynb #0f80ed74
+# %% ../nbs/foundations/config.ipynb #4589b9fe
 import contextlib
 import hashlib
 import os
 import random
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +117,7 @@ def find_data(name: str, *, max_depth: int = 4) -> Path | None:
             level = sorted(c for d in level if os.access(d, os.R_OK) for c in d.iterdir() if c.is_dir() and not c.is_symlink())
     return None
 
-# %% ../nbs/foundations/config.ipynb #ce4a396f
+# %% ../nbs/foundations/config.ipynb #cd58a61f
 @contextlib.contextmanager
 def atomic_path(path):
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
@@ -137,6 +136,7 @@ def atomic_path(path):
 
     Examples
     --------
+    >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with atomic_path(folder / "a.txt") as tmp:
     ...     _ = tmp.write_text("whole")
@@ -182,6 +182,7 @@ def write_atomic(path, data: str | bytes) -> Path:
 
     Examples
     --------
+    >>> import tempfile
     >>> write_atomic(Path(tempfile.mkdtemp()) / "a.txt", "whole").read_text()
     'whole'
     """

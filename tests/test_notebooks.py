@@ -123,14 +123,13 @@ def test_profile_ci_leaves_no_scraps(runs):
 
 def test_a_failing_chapter_shows_its_cell(tmp_path, monkeypatch):
     """A chapter that breaks: papermill's status, and the cell with its traceback in the message."""
-    import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
     tagged = new_code_cell('profile = "course"', metadata={"tags": ["parameters"]})
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "OUT", tmp_path / "out")
     path = tmp_path / "nbs" / "broken.ipynb"
     path.parent.mkdir()
-    nbformat.write(new_notebook(cells=[tagged, new_code_cell("import math"), new_code_cell("side = -4\nmath.sqrt(side)")]), path)
+    checks.nbtool.write(new_notebook(cells=[tagged, new_code_cell("import math"), new_code_cell("side = -4\nmath.sqrt(side)")]), path)
     _, status, said, out = papermill(path)
     message = failure(out, said)
     assert status != 0 and message.startswith("cell:\nside = -4") and "ValueError" in message and "\x1b[" not in message

@@ -168,7 +168,7 @@ def _checked_batch(engine, batch):
         raise BundleError("the batch holds values that are not finite (NaN or infinity)", path=engine.path)
     return batch
 
-# %% ../../nbs/deployment/02_engine.ipynb #46a84b0b
+# %% ../../nbs/deployment/02_engine.ipynb #fe88728c
 def export_onnx(model, path) -> Path:
     """Write a Keras model as one ONNX file with the input `images` and named outputs; the batch size stays free.
 
@@ -192,13 +192,12 @@ def export_onnx(model, path) -> Path:
     Examples
     --------
     >>> from types import SimpleNamespace
-    >>> export_onnx(SimpleNamespace(inputs=[1, 2], output_names=["logits"]), "two.onnx")
+    >>> export_onnx(SimpleNamespace(inputs=[1, 2], output=1, outputs=[1]), "two.onnx")
     Traceback (most recent call last):
     medimg.errors.BundleError: two.onnx: the model has 2 inputs and the outputs logits; give it one input and name the outputs logits, features, cam
     """
-    names = sorted(model.output) if isinstance(getattr(model, "output", None), dict) else list(model.output_names)
-    names = ["logits"] if len(names) == 1 else names
-    if len(model.inputs) != 1 or not set(names) <= set(OUTPUTS) or "logits" not in names:
+    names = sorted(model.output) if isinstance(model.output, dict) else ["logits"] * len(model.outputs)
+    if len(model.inputs) != 1 or not set(names) <= set(OUTPUTS) or names.count("logits") != 1:
         raise BundleError(f"the model has {len(model.inputs)} inputs and the outputs {', '.join(names)}", path=path,
                           remedy="give it one input and name the outputs logits, features, cam")
     from medimg.config import atomic_path
@@ -206,7 +205,7 @@ def export_onnx(model, path) -> Path:
         tmp.write_bytes(_named_graph(model, names))
     return Path(path)
 
-# %% ../../nbs/deployment/02_engine.ipynb #d460b78b
+# %% ../../nbs/deployment/02_engine.ipynb #36460bfc
 def _named_graph(model, names):
     import logging
     import tempfile
@@ -229,11 +228,20 @@ def _named_graph(model, names):
 
 
 def _rename(graph, names):
+    """Chosen names outside, numbers inside (in the order of use): equal networks then give equal bytes."""
     for node in graph.node:
-        node.input[:] = [names.get(i, i) for i in node.input]
-        node.output[:] = [names.get(o, o) for o in node.output]
-    for value in [*graph.input, *graph.output]:
+        for name in (*node.input, *node.output):
+            names.setdefault(name, f"v{len(names)}" if name else "")
+    for k, node in enumerate(graph.node):
+        node.input[:], node.output[:], node.name, node.doc_string = [names[i] for i in node.input], [names[o] for o in node.output], f"n{k}", ""
+    for value in [*graph.input, *graph.output, *graph.initializer]:
         value.name = names.get(value.name, value.name)
+    tables = sorted((t for t in graph.initializer), key=lambda t: (len(t.name), t.name))
+    del graph.value_info[:], graph.initializer[:]
+    graph.initializer.extend(tables)
+    for value in graph.output:      # "unk__61" counts up with every export
+        for k, dim in enumerate(value.type.tensor_type.shape.dim):
+            dim.dim_param = dim.dim_param and f"{value.name}{k}"
 
 # %% ../../nbs/deployment/02_engine.ipynb #f0e335e0
 def parity(keras_model, engine, batch) -> float:

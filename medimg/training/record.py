@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'environment', 'RunRecord', 'history_csv', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../../nbs/training/02a_record.ipynb #b7826194
+# %% ../../nbs/training/02a_record.ipynb #ee4a9929
 import csv
 import io
 import json
@@ -20,7 +20,7 @@ import numpy as np
 from ..config import RESEARCH_USE, atomic_path, sha256_of, write_atomic
 from ..errors import ConfigError, MedimgError, nearest
 
-
+# %% ../../nbs/training/02a_record.ipynb #0ed22448
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that is chosen about a training run.
@@ -89,7 +89,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "TrainConfig":
-        """A configuration from a dictionary; an unknown key raises ConfigError and names the nearest known one."""
+        """A configuration from a dictionary `settings`; an unknown key raises ConfigError and names the nearest known one."""
         for key in settings:
             if key not in cls.__dataclass_fields__:
                 raise ConfigError(f"unknown training setting {key!r}", remedy=nearest(key, cls.__dataclass_fields__))
@@ -101,7 +101,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
-        """The configuration that `to_json` wrote."""
+        """The configuration that `to_json` wrote as `text`."""
         return cls.from_dict(json.loads(text))
 
 # %% ../../nbs/training/02a_record.ipynb #3614a67b
@@ -192,7 +192,7 @@ def _lock_sha256():
     locks = sorted(p for p in _root().iterdir() if p.is_file() and "lock" in p.name and p.suffix in (".txt", ".lock")) if _root() else []
     return sha256_of("\n".join(sha256_of(p) for p in locks).encode()) if locks else None
 
-# %% ../../nbs/training/02a_record.ipynb #fd6700c4
+# %% ../../nbs/training/02a_record.ipynb #bcf8d93e
 @dataclass(frozen=True)
 class RunRecord:
     """What one training run was, and what came out of it: the content of `run.json`.
@@ -200,7 +200,9 @@ class RunRecord:
     Parameters
     ----------
     name, model : str
-        Of the run and of the network (as in `build_model`); `model_options` are the network's own options.
+        Of the run and of the network (as in `build_model`).
+    model_options : dict
+        The network's own options.
     status : str
         `"finished"`, `"stopped early"` or `"diverged"`.
     config : dict
@@ -215,7 +217,9 @@ class RunRecord:
     fingerprint : dict
         Short hashes of config, data, model and preprocessing: two runs with equal ones should end with equal weights.
     wall_s : float
-        Training time in seconds, over all resumed parts; `resumed` counts the restarts.
+        Training time in seconds, over all resumed parts.
+    resumed : int
+        How often it was started again.
     best_epoch : int
         Epoch (counted from 1) whose weights were kept.
     history : list of dict
@@ -226,6 +230,10 @@ class RunRecord:
         Smallest probability called positive (binary tasks), chosen on validation.
     train_ids : str
         Name of the file with the hashes of the images that the weights saw.
+    research_use : str
+        What it is not for.
+    schema_version : int
+        Of these fields.
 
     Examples
     --------
@@ -265,25 +273,32 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, text: str) -> "RunRecord":
-        """The record that `to_json` wrote; fields of a newer schema that this version does not know are left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in json.loads(text).items() if key in known})
+        """The record that `to_json` wrote as `text`; fields of a newer schema that this version does not know are left out."""
+        return cls(**_known_fields(cls, json.loads(text)))
 
     def save(self, folder) -> Path:
-        """Write `run.json` into a folder, atomically, and return its path."""
+        """Write `run.json` into a `folder`, atomically, and return its path."""
         return write_atomic(Path(folder) / "run.json", self.to_json())
 
     @classmethod
     def load(cls, folder) -> "RunRecord":
-        """Read `run.json` of a run folder (or the file itself); ConfigError when it is missing or not a record."""
-        path = Path(folder)
-        path = path / "run.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ConfigError("no run record here", path=folder, remedy="name the --out folder of a finished `medimg train`")
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"not a run record ({error})", path=path, remedy="train again into another folder") from error
+        """Read `run.json` of a run's `folder` (or the file itself); ConfigError when it is missing or not a record."""
+        return _read_record(cls, Path(folder))
+
+# %% ../../nbs/training/02a_record.ipynb #5a738fc7
+def _known_fields(cls, facts):
+    known = {f.name for f in fields(cls)}
+    return {key: value for key, value in facts.items() if key in known}
+
+
+def _read_record(cls, folder):
+    path = folder / "run.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise ConfigError("no run record here", path=folder, remedy="name the --out folder of a finished `medimg train`")
+    try:
+        return cls.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"not a run record ({error})", path=path, remedy="train again into another folder") from error
 
 # %% ../../nbs/training/02a_record.ipynb #6005286c
 def _plain(value):

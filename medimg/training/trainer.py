@@ -95,7 +95,7 @@ def make_loss(task: str, *, smoothing: float = 0.0, weights=None):
 
     return loss
 
-# %% ../../nbs/training/02_trainer.ipynb #e5e742ef
+# %% ../../nbs/training/02_trainer.ipynb #710acabe
 def log_loss(y, p) -> float:
     """Mean negative logarithm of the probability given to the truth, in nats.
 
@@ -103,6 +103,10 @@ def log_loss(y, p) -> float:
     ----------
     y : int array, (n,), or (n, k) of 0 and 1 for several labels an image
     p : array, (n, k), in [0, 1]
+
+    Returns
+    -------
+    float
 
     Examples
     --------
@@ -122,6 +126,10 @@ def rank_auc(y, p) -> float:
     ----------
     y : int array, (n,), or (n, k) of 0 and 1
     p : array, (n, k), in [0, 1]
+
+    Returns
+    -------
+    float, 0 … 1
 
     Raises
     ------
@@ -178,7 +186,7 @@ def choose_threshold(y, p) -> float:
     best = cuts[youden == youden.max()]
     return float(best[np.argmin(abs(best - 0.5))])
 
-# %% ../../nbs/training/02_trainer.ipynb #d5d852d3
+# %% ../../nbs/training/02_trainer.ipynb #d3ef34d6
 class TrainState:
     """A network together with everything its training remembers.
 
@@ -190,6 +198,12 @@ class TrainState:
         Learning rate, decay, averaging and clipping.
     loss : callable
         `loss(y, logits) -> scalar`, as from `make_loss`.
+
+    Examples
+    --------
+    >>> state = TrainState(network, TrainConfig(), make_loss("binary"))             # doctest: +SKIP
+    >>> state.step(x, y, 0, 1e-3)                                                   # doctest: +SKIP
+    0.6931
     """
 
     def __init__(self, model, config: TrainConfig, loss):
@@ -204,7 +218,7 @@ class TrainState:
         self._forward = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
     def step(self, x, y, number: int, rate: float) -> float:
-        """Move every weight once for a batch x `(n, y, x, c)`, y `(n,)`; returns the loss, NaN when the step is not finite.
+        """Move every weight once for a batch `x` (n, y, x, c), `y` (n,); returns the loss, NaN when the step is not finite.
 
         `number` counts the steps of the run from 0, `rate` is this step's learning rate.
         """
@@ -213,7 +227,19 @@ class TrainState:
         return float(loss) if math.isfinite(float(norm)) else math.nan
 
     def logits(self, x, batch_size: int = 256) -> np.ndarray:
-        """Logits `(n, units)` float32 for inputs `(n, y, x, c)` with the network's present weights, in inference mode."""
+        """Logits of the network's present weights, in inference mode.
+
+        Parameters
+        ----------
+        x : float32 array, (n, y, x, c)
+            Prepared images.
+        batch_size : int
+            Images at a time; the last batch is filled up, so that the graph sees one shape only.
+
+        Returns
+        -------
+        array, (n, units), float32
+        """
         parts = [self._forward(_padded(x[i:i + batch_size], batch_size)) for i in range(0, len(x), batch_size)]
         return np.concatenate([np.asarray(part) for part in parts])[:len(x)]
 
@@ -228,28 +254,31 @@ class TrainState:
             self.model.set_weights(own)
 
     def reseed(self, epoch: int) -> None:
-        """Set dropout's random numbers to those of an epoch; within it they are counted on from step to step."""
+        """Set dropout's random numbers to those of `epoch` (from 0); within it they are counted on from step to step."""
         known = {id(w) for w in self.model.weights}
         for i, state in enumerate(v for v in self.model.variables if id(v) not in known):
             state.assign(np.random.SeedSequence([self.config.seed, epoch, i]).generate_state(2).astype(np.uint32).reshape(state.shape))
 
     def arrays(self) -> dict:
         """All remembered arrays by name, for `save_checkpoint`."""
-        groups = {"weights": self.model.weights, "optimizer": self.optimizer.variables, "average": self.average}
-        return {f"{name}/{i:04d}": v.numpy() for name, group in groups.items() for i, v in enumerate(group)}
+        return {name: variable.numpy() for name, variable in _remembered(self)}
 
     def load(self, arrays: dict) -> None:
-        """Put back what `arrays` gave."""
-        groups = {"weights": self.model.weights, "optimizer": self.optimizer.variables, "average": self.average}
-        for name, group in groups.items():
-            for i, variable in enumerate(group):
-                variable.assign(arrays[f"{name}/{i:04d}"])
+        """Put back what the method `arrays` gave."""
+        for name, variable in _remembered(self):
+            variable.assign(arrays[name])
+
+# %% ../../nbs/training/02_trainer.ipynb #8c8cdc5d
+def _remembered(state):
+    """(name, variable) of everything in a checkpoint that moves with a step."""
+    groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
+    return [(f"{name}/{i:04d}", variable) for name, group in groups.items() for i, variable in enumerate(group)]
 
 
 def _padded(x, size):
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if 0 < len(x) < size else x
 
-# %% ../../nbs/training/02_trainer.ipynb #bfbf476c
+
 def _graph_of_step(model, optimizer, average, loss, clip_norm):
     """One training step as a graph: gradient, clip, AdamW, running average."""
     import tensorflow as tf
@@ -271,10 +300,7 @@ def _graph_of_step(model, optimizer, average, loss, clip_norm):
 
     return step
 
-# %% ../../nbs/training/02_trainer.ipynb #4fbfb781
-_FILES = ("checkpoint.npz", "run.json", "history.csv", "model.keras", "preprocess.json", "training_ids.txt")
-
-
+# %% ../../nbs/training/02_trainer.ipynb #686d6238
 class _Run:
     """One training run in its folder: what is fixed (data, plan, fingerprint) and what moves (epoch, history, best weights)."""
 
@@ -302,12 +328,7 @@ class _Run:
     def save(self):
         facts = {name: getattr(self, name) for name in ("epoch", "history", "best_epoch", "status", "wall_s", "resumed", "fingerprint", "platform")}
         facts["config"] = self.config.to_dict()
-        arrays = self.state.arrays() | {f"best/{i:04d}": w for i, w in enumerate(self.best)}
-        try:
-            save_checkpoint(self.checkpoint, arrays, facts)
-        except OSError as error:
-            raise MedimgError(f"cannot write the checkpoint ({error.strerror})", path=self.out,
-                              remedy="free some space and run the same command again; the epoch before is safe") from error
+        _save_or_say(self.out, self.state.arrays() | {f"best/{i:04d}": w for i, w in enumerate(self.best)}, facts)
 
     def load(self):
         arrays, facts = load_checkpoint(self.checkpoint)
@@ -319,7 +340,15 @@ class _Run:
         self.history = [_in_order(row) for row in self.history]
         return facts["platform"] != self.platform
 
-# %% ../../nbs/training/02_trainer.ipynb #bace3e62
+# %% ../../nbs/training/02_trainer.ipynb #855d64d7
+def _save_or_say(out, arrays, facts):
+    try:
+        save_checkpoint(out / "checkpoint.npz", arrays, facts)
+    except OSError as error:
+        raise MedimgError(f"cannot write the checkpoint ({error.strerror})", path=out,
+                          remedy="free some space and run the same command again; the epoch before is safe") from error
+
+
 def _folds(dataset):
     train, val = dataset.split("train"), dataset.split("val")
     for name, fold in (("training", train), ("validation", val)):
@@ -368,7 +397,7 @@ def _same_run(facts, run):
         raise ConfigError(f"the folder holds another run ({'; '.join(differs)})", path=run.out,
                           remedy="give another --out, or start over with --fresh (resume=False)")
 
-# %% ../../nbs/training/02_trainer.ipynb #20ed4b55
+# %% ../../nbs/training/02_trainer.ipynb #394bb245
 class _Diverged(Exception):
     def __init__(self, epoch, batch, steps):
         super().__init__(f"the loss is not finite in epoch {epoch}, batch {batch} of {steps}")
@@ -388,7 +417,7 @@ def _train_epoch(run, advance):
         advance(total / (i + 1))
     return total / run.steps
 
-
+# %% ../../nbs/training/02_trainer.ipynb #96eac30c
 def _validate(run):
     from medimg.models.networks import to_probability
     with run.state.averaged():
@@ -589,7 +618,10 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         raise _diverged(run, error, about or {}) from None
     return _finish(run, about or {})
 
-# %% ../../nbs/training/02_trainer.ipynb #ad78982d
+# %% ../../nbs/training/02_trainer.ipynb #384dc626
+_FILES = ("checkpoint.npz", "run.json", "history.csv", "model.keras", "preprocess.json", "training_ids.txt")
+
+
 def _check_folder(out, resume):
     if not resume:
         for name in _FILES:

@@ -1,0 +1,260 @@
+"""Answers, refusals and errors: each for its own reason, in words, and none of them stops the others."""
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from medimg.data.preprocess import Preprocessor
+from medimg.data.volume import Volume
+from medimg.deployment.bundle import Bundle, build_bundle
+from medimg.deployment.engine import Engine, toy_network
+from medimg.deployment.intake import Study, decode_picture, find_studies, picture_size
+from medimg.deployment.manifest import example_manifest
+from medimg.deployment.predict import answer, check_scope, exit_code, heat_map, hottest_region, predict
+from medimg.deployment.prediction import Prediction, from_json, prediction_schema
+from medimg.deployment.reference import fit_reference, fit_temperature
+from medimg.errors import BundleError, DatasetError, MedimgError
+from medimg.plots import png_bytes
+
+FACTS = {k: v for k, v in example_manifest().items() if k in ("name", "version", "classes", "task", "input", "population", "thresholds", "training",
+                                                              "metrics", "licence")}
+
+
+def pictures(n, seed=0, side=32):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.normal(90, 25, (n, side, side))
+    images[:, side // 4:-side // 4, side // 4:-side // 4] += (60 * labels + rng.normal(0, 18, n))[:, None, None]
+    return np.clip(images, 0, 255).astype("uint8"), labels
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    images, labels = pictures(400)
+    pre = Preprocessor([("resize", {"height": 16, "width": 16}), ("scale", {"low": 0, "high": 255})])
+    out = Engine(toy_network()).run(pre.batch(images))
+    facts = {**FACTS, "population": {**FACTS["population"], "age_years": [1, 5], "sex": "F"},
+             "input": {**FACTS["input"], "modality": ["DX", "CR"], "body_part": "CHEST", "view": ["AP", "PA"]}}
+    return build_bundle(tmp_path_factory.mktemp("b") / "toy", model=toy_network(), preprocessor=pre, training_ids=[],
+                        calibration=fit_temperature(out["logits"][200:], labels[200:], task="binary"),
+                        reference=fit_reference(out["features"][:200], out["features"][200:]), **facts)
+
+
+GOOD = {"modality": "DX", "body_part": "CHEST", "view": "AP", "patient_age_years": 3.0, "patient_sex": "F"}
+
+
+def study(**facts):
+    return Study("a.dcm", pictures(2, seed=5)[0][1], {**GOOD, **facts})
+
+
+def test_answered(bundle):
+    p = answer(bundle, study())
+    assert p.status == "answered" and p.label == "bright" and set(p.probability) == {"dark", "bright"}
+    assert p.probability["bright"] == pytest.approx(bundle.predict(p.picture[None])[0, 1]) and sum(p.probability.values()) == pytest.approx(1)
+    raw = bundle.run(p.picture[None])["logits"].item()
+    assert p.score == {"bright": pytest.approx(raw)} and p.threshold == {"bright": 0.5} and p.prediction_set is None
+    assert p.heat_map.shape == p.picture.shape and p.heat_map.max() <= 1 and p.findings[0].type == "evidence-region"
+    assert p.model["digest"] == bundle.digest and "unsigned" in p.warnings[-1] and len(p.warnings) == 1
+    assert "calibrated" in p.uncertainty["note"] and p.created.endswith("+00:00")
+
+
+@pytest.mark.parametrize("facts, words", [
+    ({"modality": "CT"}, "modality CT"), ({"body_part": "KNEE"}, "body part KNEE"), ({"view": "LL"}, "view LL"), ({"patient_sex": "M"}, "sex M"),
+    ({"patient_age_years": 60.0}, "60 years"), ({"patient_age_years": 0.5}, "years"), ({"patient_age_years": 6.0}, "6 years")])
+def test_refused_for_scope(bundle, facts, words):
+    p = answer(bundle, study(**facts))
+    assert p.status == "refused" and words in p.reasons[0]
+    assert p.label is None and p.probability is None and p.heat_map is None and not p.findings and p.ood
+
+
+def test_edges_of_scope(bundle):
+    for facts in ({"patient_age_years": 1.0}, {"patient_age_years": 5.9}, {"body_part": "Chest"}, {"view": "pa"}, {"modality": "CR"}):
+        assert answer(bundle, study(**facts)).status == "answered"
+    reasons, warnings = check_scope(Study("a.png", pictures(2)[0][0]), bundle.manifest)
+    assert not reasons and all(w in warnings[0] for w in ("modality", "body part", "view", "sex", "age"))
+
+
+def test_refused_for_looks(bundle):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32), dtype="uint8")
+    p = answer(bundle, replace(study(), image=noise))
+    assert p.status == "refused" and "unlike the training images" in p.reasons[0] and p.ood["score"] > p.ood["threshold"]
+    assert "contrast" in " ".join(answer(bundle, replace(study(), image=np.full((32, 32), 90, "uint8"))).reasons)
+    assert "strip" in answer(bundle, replace(study(), image=np.tile(pictures(1)[0][0], (1, 4)))).reasons[0]
+    inverted = answer(bundle, replace(study(), image=255 - study().image))
+    assert inverted.status == "refused"
+
+
+def test_hard_misfits(bundle):
+    with pytest.raises(BundleError, match=r"15 × 32 pixels"):
+        answer(bundle, replace(study(), image=study().image[:15]))
+    with pytest.raises(BundleError, match="3 channels"):
+        answer(bundle, replace(study(), image=np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")))
+    assert answer(bundle, replace(study(modality="CT"), image=study().image[:8])).status == "refused"      # refused already: a reason more
+
+
+def test_json_round_trip_and_schema(bundle):
+    import jsonschema
+    jsonschema.Draft202012Validator.check_schema(prediction_schema())
+    validator = jsonschema.Draft202012Validator(prediction_schema())
+    for p in (answer(bundle, study()), answer(bundle, study(modality="CT")), Prediction("error", "x", error={"type": "E", "what": "w", "remedy": None})):
+        record = json.loads(p.to_json())
+        validator.validate(record)
+        assert set(record) == set(prediction_schema()["properties"]) == set(prediction_schema()["required"])
+        assert from_json(p.to_json()).to_json() == p.to_json() and from_json(p.to_json()) == replace(p, picture=None, heat_map=None)
+        assert record["research_use"] == "research use, not a medical device"
+    for bad in ("", "[]", "{}", p.to_json().replace('"error"', '"x"', 1), p.to_json()[:-5]):
+        with pytest.raises(BundleError):
+            from_json(bad)
+
+
+def test_no_identity_in_the_record(bundle, tmp_path, monkeypatch):
+    picture = pictures(2, seed=5)[0][1]
+    volume = Volume(picture[None], modality="DX", meta={"patient_id": "SECRET-4711", "patient_age_years": 3.0, "study_uid": "1.2.3"})
+    from medimg.deployment.intake import study_of
+    assert "SECRET" not in answer(bundle, study_of(volume, "a.dcm")).to_json()
+    monkeypatch.setenv("MEDIMG_PSEUDONYM_KEY", "k")
+    keyed = answer(bundle, study_of(volume, "a.dcm"))
+    assert len(keyed.study["patient_key"]) == 16 and "SECRET" not in keyed.to_json()
+
+
+def test_formats_agree(bundle, tmp_path):
+    picture = pictures(2, seed=5)[0][1]
+    (tmp_path / "a.png").write_bytes(png_bytes(picture))
+    cv2.imwrite(str(tmp_path / "rgb.png"), np.repeat(picture[..., None], 3, 2))
+    cv2.imwrite(str(tmp_path / "alpha.png"), np.dstack([picture] * 3 + [np.full_like(picture, 255)]))
+    np.save(tmp_path / "a.npy", picture)
+    np.save(tmp_path / "f.npy", picture.astype("float64"))
+    Volume(picture[None]).to_nifti(tmp_path / "a.nii.gz")
+    records = {p.source: p for p in predict(bundle, tmp_path, progress=False)}
+    assert len(records) == 6
+    for name in ("a.png", "rgb.png", "alpha.png", "a.npy", "f.npy"):
+        assert records[name].input_sha256 == records["a.png"].input_sha256, name
+    assert predict(bundle, picture)[0].score == records["a.png"].score
+    cv2.imwrite(str(tmp_path / "b.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    jpg = predict(bundle, tmp_path / "b.jpg")[0]
+    assert jpg.score["bright"] == pytest.approx(records["a.png"].score["bright"], abs=0.05)
+
+
+def test_dicom(bundle, tmp_path):
+    from medimg.data.phantom import radiograph, thorax_phantom
+    from medimg.data.phantom_dicom import write_radiograph
+    volume, _ = radiograph(thorax_phantom(1, shape=(24, 64, 64), spacing_mm=(12, 6, 6)), size=128)
+    write_radiograph(volume, tmp_path / "a.dcm", seed=1)
+    (p,) = predict(bundle, tmp_path, progress=False)
+    assert p.status == "refused" and p.study["modality"] == "DX" and p.study["study_uid"] and p.picture.shape == (128, 128)
+    whole = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "cut.dcm").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "no.dcm").write_bytes(b"hello" * 100)
+    records = {r.source: r for r in predict(bundle, [tmp_path / "a.dcm", tmp_path / "cut.dcm", tmp_path / "no.dcm"], progress=False)}
+    assert records["a.dcm"].status == "refused" and records["cut.dcm"].status == records["no.dcm"].status == "error"
+    assert exit_code(list(records.values())) == 2
+    with pytest.raises(MedimgError, match=r"no\.dcm"):
+        predict(bundle, tmp_path / "no.dcm")
+
+
+def test_stack_is_refused(bundle, tmp_path):
+    from pydicom.data import get_testdata_file
+    ct = predict(bundle, get_testdata_file("CT_small.dcm"))[0]
+    assert ct.status == "refused" and "modality CT" in ct.reasons[0] and ct.picture.shape == (128, 128)
+    Volume(np.random.default_rng(0).random((5, 40, 40)).astype("float32")).to_nifti(tmp_path / "v.nii")
+    assert "stack of 5 slices" in " ".join(predict(bundle, tmp_path / "v.nii")[0].reasons)
+
+
+def test_one_bad_file_does_not_stop_the_rest(bundle, tmp_path):
+    (tmp_path / "good.png").write_bytes(png_bytes(pictures(2, seed=5)[0][1]))
+    (tmp_path / "cut.png").write_bytes(png_bytes(pictures(2)[0][1])[:200])
+    (tmp_path / "small.png").write_bytes(png_bytes(pictures(1)[0][0][:9, :9].copy()))
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "unit.npy", pictures(1)[0][0] / 255)
+    records = {p.source: p for p in predict(bundle, tmp_path, progress=False)}
+    status = {k: v.status for k, v in records.items()}
+    assert status == {"good.png": "answered", "cut.png": "error", "small.png": "error", "empty.jpg": "error", "object.npy": "error", "unit.npy": "refused"}
+    assert "0 to 255 are expected" in " ".join(records["unit.npy"].reasons) and exit_code(list(records.values())) == 2
+    with pytest.raises(MedimgError, match="small.png"):
+        predict(bundle, tmp_path / "small.png")
+    with pytest.raises(DatasetError, match="no such file"):
+        predict(bundle, tmp_path / "absent.png")
+    with pytest.raises(MedimgError):
+        predict(bundle, [])
+
+
+def test_pictures_from_strangers():
+    good = png_bytes(pictures(1)[0][0])
+    jpeg = cv2.imencode(".jpg", pictures(1)[0][0])[1].tobytes()
+    assert picture_size(good) == picture_size(jpeg) == (32, 32)
+    rng = np.random.default_rng(0)
+    for whole in (good, jpeg):
+        for cut in range(0, len(whole) - 2, 37):
+            with pytest.raises(DatasetError):
+                decode_picture(whole[:cut])
+        for _ in range(60):
+            data = bytearray(whole)
+            data[rng.integers(len(data))] = rng.integers(256)
+            try:
+                decode_picture(bytes(data))
+            except DatasetError:
+                pass
+    bomb = bytearray(good)
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    with pytest.raises(DatasetError, match="60000 × 60000"):
+        decode_picture(bytes(bomb))
+
+
+def test_sixteen_bit_png(tmp_path):
+    deep = (pictures(1)[0][0].astype("uint16") * 16)
+    image, warnings = decode_picture(cv2.imencode(".png", deep)[1].tobytes())
+    assert image.dtype == np.uint8 and image.max() == 255 and "16-bit" in warnings[0]
+
+
+def test_heat_map_lies_where_the_pixels_came_from():
+    cam = np.zeros((4, 4))
+    cam[0, 0] = 1
+    tall = heat_map(cam, (80, 40), [("center_square", ())])
+    assert not tall[:20].any() and not tall[60:].any() and np.unravel_index(tall.argmax(), tall.shape)[0] < 30
+    assert heat_map(cam, (80, 40), [("resize", ())])[:10].any()
+    full = heat_map(cam, (80, 80))
+    assert hottest_region(full).box_yx[0] == 0 and heat_map(-cam, (8, 8)) is None
+
+
+def test_multiclass(tmp_path):
+    import onnx
+    from onnx import helper, numpy_helper
+    model = onnx.load_from_string(toy_network())
+    weights = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    for tensor in model.graph.initializer:
+        if tensor.name == "w":
+            tensor.CopyFrom(numpy_helper.from_array(weights, "w"))
+        if tensor.name == "b":
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(3, "float32"), "b"))
+        if tensor.name == "w_map":
+            tensor.CopyFrom(numpy_helper.from_array(16 * weights.reshape(4, 4, 3), "w_map"))
+    for value, shape in ((model.graph.output[0], ["n", 3]), (model.graph.output[2], ["n", 4, 4, 3])):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, 1, shape))
+    images, _ = pictures(200)
+    pre = Preprocessor([("resize", {"height": 16, "width": 16}), ("scale", {"low": 0, "high": 255})])
+    out = Engine(model.SerializeToString()).run(pre.batch(images))
+    b = build_bundle(tmp_path / "m", model=model.SerializeToString(), preprocessor=pre, training_ids=[],
+                     calibration=fit_temperature(out["logits"], np.arange(200) % 3, task="multiclass"),
+                     reference=fit_reference(out["features"], out["features"], quantile=1.0),
+                     **{**FACTS, "classes": ["a", "b", "c"], "task": "multiclass", "thresholds": {}})
+    p = answer(b, Study("x", images[0], {"modality": "DX"}))
+    assert p.label == max(p.probability, key=p.probability.get) and set(p.score) == {"a", "b", "c"} and p.threshold is None
+    assert p.explanation["class"] == p.label
+
+
+def test_find_studies_orders_and_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "a.png", "sub/c.png"):
+        (tmp_path / name).write_bytes(png_bytes(pictures(1)[0][0]))
+    assert [name for name, _ in find_studies(tmp_path)] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("name", ["pneumonia", "phantom-cxr"])
+def test_shipped_bundles_verify(name):
+    from medimg.deployment.bundle import shipped, verify
+    if name not in shipped():
+        pytest.skip(f"bundle {name} is not built; remedy: medimg reproduce {name}")
+    assert verify(name)["origin"] == "shipped" and Bundle.load(name).warnings == ()

@@ -1,0 +1,179 @@
+"""The page is whole, loads nothing, runs nothing, and shows refusals as clearly as answers."""
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from medimg.config import RESEARCH_USE
+from medimg.data.volume import Volume
+from medimg.deployment.prediction import Finding, Prediction
+from medimg.deployment.report import Section, card, hu_histogram, outlines, plain, render_report, volume_section, write_report
+from medimg.errors import ConfigError
+
+MODEL = {"name": "m", "version": "1.0", "digest": "ab" * 32, "origin": "shipped", "signature": None}
+VOID = {"meta", "img", "input", "br", "hr", "link", "polygon", "rect", "path", "line"}
+
+
+class Page(HTMLParser):
+    """Collects elements, attributes, text and nesting errors."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attrs, self.text, self.faults = [], [], [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attrs += [(tag, k, v) for k, v in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attrs += [(tag, k, v) for k, v in attrs]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def records():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30), dtype="uint8")
+    heat = np.linspace(0, 1, 1200, dtype="float32").reshape(40, 30)
+    answered = Prediction("answered", "a.dcm", task="binary", classes=("no", "yes"), label="yes", score={"yes": 1.25}, probability={"no": 0.2, "yes": 0.8},
+                          threshold={"yes": 0.4}, model=MODEL, picture=picture, heat_map=heat, explanation={"class": "yes"}, warnings=("bear this",),
+                          ood={"method": "mahalanobis", "score": 5.0, "threshold": 20.0}, uncertainty={"entropy_bits": 0.7, "note": "calibrated"},
+                          findings=(Finding("region", "evidence-region", score=0.5, box_yx=(1, 2, 30, 20), note="n"),),
+                          study={"patient_key": "k" * 16, "modality": "DX", "patient_age_years": 0.5, "shape": [1, 40, 30]}, input_sha256="cd" * 32, duration_ms=1.5)
+    refused = Prediction("refused", "b.dcm", model=MODEL, reasons=("age 60 years",), picture=picture, score={"yes": 3.0})
+    return [answered, refused, Prediction("error", "c.dcm", error={"type": "NotDicom", "what": "no marker", "remedy": "copy it"})]
+
+
+def volume():
+    rng = np.random.default_rng(0)
+    return Volume(rng.integers(-1000, 500, (20, 30, 30)).astype("int16"), modality="CT", units="HU", meta={"description": "thorax", "patient_id": "SECRET"})
+
+
+def test_page(tmp_path):
+    path = write_report(tmp_path / "r.html", records(), title="T", question="Q?", sections=[volume_section(volume(), window=(-600, 1500))],
+                        truths={"a.dcm": np.eye(40, 30, dtype=bool)})
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.faults and not page.open, (page.faults, page.open)
+    text = " ".join(" ".join(page.text).split())
+    for words in ("T", "Q?", "0.80", "called from 0.40", "1.25", "age 60 years", "No answer", "Could not be read", "no marker", "bear this", "6 months",
+                  "CT thorax", "Histogram of HU", RESEARCH_USE[1:], "abababababab"):
+        assert words in text, words
+    assert "3.00" not in text                      # the score of a refused picture is not shown
+    ids = [v for _, k, v in page.attrs if k == "id"]
+    assert len(ids) == len(set(ids)) and {v[1:] for t, k, v in page.attrs if t == "a" and k == "href"} <= set(ids)
+    assert [k for k in ("h1",) if page.tags.count(k) != 1] == [] and ("html", "lang", "en") in page.attrs
+    assert page.tags.count("img") == len([1 for t, k, v in page.attrs if t == "img" and k == "alt" and v])
+
+
+def test_loads_and_runs_nothing():
+    html = render_report(records(), sections=[volume_section(volume())])
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
+    assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
+    for tag, name, value in page.attrs:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "href", "srcset", "action", "data"):
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, value[:40])
+    policy = next(v for t, k, v in page.attrs if t == "meta" and k == "content" and "default-src" in v)
+    assert policy.startswith("default-src 'none'") and "script" not in policy
+
+
+@pytest.mark.parametrize("evil", ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "{{ 7*7 }}", "</style><script>",
+                                  "&lt;script&gt;", "\u202eevil\x1b[31m\x00"])
+def test_text_from_strangers(evil):
+    hostile = [Prediction("refused", evil, reasons=(evil,), warnings=(evil,), model={**MODEL, "name": evil, "version": evil, "digest": evil, "origin": evil},
+                          study={"modality": evil, "view": evil, "body_part": evil, "series_uid": evil, "patient_sex": evil, "patient_key": evil}),
+               Prediction("error", evil, error={"type": evil, "what": evil, "remedy": evil}),
+               Prediction("answered", evil, label=evil, probability={evil: 0.5}, score={evil: 1.0}, threshold={evil: 0.4}, model=MODEL,
+                          picture=np.zeros((4, 4), "uint8"), heat_map=np.ones((4, 4), "float32"), explanation={"class": evil},
+                          uncertainty={"entropy_bits": 1.0, "note": evil}, findings=(Finding(evil, evil, note=evil),))]
+    html = render_report(hostile, title=evil, question=evil, sections=[Section(evil, lead=evil, facts=[(evil, evil)], findings=[("warning", evil)], caption=evil)])
+    page = Page(html)
+    assert not {"script"} & set(page.tags) and page.tags.count("img") == 2 and page.tags.count("style") == 1
+    assert not [row for row in page.attrs if row[1].startswith("on")] and not page.faults
+    assert not set("\u202e\x1b\x00") & set(html) and "49" not in re.sub(r"<style>.*?</style>|base64,[^\"]*", "", html, flags=re.S).replace("2049", "") or "{{" not in evil
+    if "{{" in evil:
+        assert "{{ 7*7 }}" in " ".join(page.text)
+
+
+def test_no_patient_identity():
+    html = render_report([], sections=[volume_section(volume())])
+    assert "SECRET" not in html
+
+
+def test_refusals(tmp_path):
+    for call in (lambda: write_report(tmp_path / "r.html", []), lambda: write_report(tmp_path / "r.pdf", records())):
+        with pytest.raises(ConfigError):
+            call()
+    with pytest.raises(ConfigError, match="1600"):
+        render_report([], sections=[Section("x", picture=np.zeros((2000, 10), "uint8"))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces():
+    assert plain("a\tb\nc\x07\u2066") == "a\tb\nc" or plain("a\tb\nc\x07\u2066") == "ab\nc" or "\x07" not in plain("\x07")
+    assert plain(3) == 3 and outlines(np.zeros((3, 3), bool)) == []
+    square = np.zeros((50, 50), bool)
+    square[10:20, 5:30] = True
+    xs, ys = zip(*(map(float, p.split(",")) for p in outlines(square)[0].split()))
+    assert (min(xs), max(xs), min(ys), max(ys)) == (5.5, 29.5, 10.5, 19.5)
+    c = card(records()[0])
+    assert c["bars"] == [{"name": "yes", "p": 0.8, "cut": 0.4, "cut_at": 40.0, "called": True}] and c["ood_at"] == 12.5 and c["boxes"] == [(1, 2, 30, 20)]
+    many = Prediction("answered", "m", label="c7", probability={f"c{i}": (i + 1) / 55 for i in range(10)}, score={})
+    assert [b["name"] for b in card(many)["bars"]] == ["c9", "c8", "c7", "c6", "c5"]
+
+
+def test_histogram_counts():
+    h = hu_histogram(np.r_[np.full(400, -1000.0), np.full(100, 40.0), 5000.0], bins=22, low=-1100, high=1100)
+    heights = [122 - float(y) for y in re.findall(r"L[\d.]+,([\d.]+)", h["path"])[:-1:2]]
+    assert heights[1] == pytest.approx(110) and heights[11] == pytest.approx(55, abs=0.1) and heights[21] == pytest.approx(110 / 20, abs=0.1)
+    assert [t["value"] for t in h["ticks"]] == [-1000, -500, -100, 40, 500, 1000]
+
+
+def test_large_pictures_are_reduced():
+    big = Prediction("refused", "x", reasons=("r",), picture=np.random.default_rng(0).integers(0, 256, (3000, 2000), dtype="uint8"), model=MODEL)
+    assert len(render_report([big])) < 600_000
+
+
+def test_section_states():
+    states = {(): "read, no findings", ("warning",): "read with warnings", ("info", "error"): "problems found"}
+    for severities, words in states.items():
+        section = volume_section(volume(), findings=[(s, "text") for s in severities])
+        assert words in render_report([], sections=[section])
+    uneven = Volume(np.zeros((3, 4, 4)), slice_positions_mm=[0, 1, 5], modality="CT", units="HU")
+    assert ("Spacing (z, y, x)", "uneven mm") in volume_section(uneven).facts
+
+
+@pytest.mark.slow
+def test_in_a_browser(tmp_path):
+    """Chromium lays the page out at three widths without a request, a message on the console or a sideways scroll bar."""
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed; remedy: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; remedy: pip install playwright")
+    path = write_report(tmp_path / "r.html", records(), sections=[volume_section(volume())])
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for width, scheme in ((1280, "light"), (1280, "dark"), (360, "light")):
+            page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+            asked, said = [], []
+            page.on("request", lambda r: asked.append(r.url))
+            page.on("console", lambda m: said.append(m.text))
+            page.goto(path.as_uri())
+            assert [u for u in asked if not u.startswith("data:")] == [path.as_uri()] and not said
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("article").count() == 3 and page.locator("img").first.evaluate("i => i.naturalWidth") == 30
+            page.locator(".toggle").first.uncheck()
+            assert page.locator(".marks").first.evaluate("e => getComputedStyle(e).visibility") == "hidden"
+        browser.close()
