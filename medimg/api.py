@@ -46,7 +46,7 @@ def read(path, *, series_uid: str | None = None, progress: bool = False):
         return volume.from_nifti(path)
     return dicom.read(path, series_uid=series_uid, progress=progress)
 
-# %% ../nbs/foundations/api.ipynb #71827c6f
+# %% ../nbs/foundations/api.ipynb #9986cb15
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",
           seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True):
     """Train a network on a data set; the same call again resumes a run that was cut off.
@@ -79,6 +79,11 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
         For an unknown data set.
     ConfigError
         When `out` holds a run of another configuration.
+
+    Examples
+    --------
+    >>> train("phantom-cxr", out="runs/p", profile="ci").status                             # doctest: +SKIP
+    'finished'
     """
     from dataclasses import replace
 
@@ -119,7 +124,7 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #615c91e2
+# %% ../nbs/foundations/api.ipynb #8139a9dc
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
@@ -135,8 +140,13 @@ def load_predictor(run_or_bundle):
 
     Raises
     ------
-    ConfigError
+    BundleError
         When it is neither.
+
+    Examples
+    --------
+    >>> load_predictor("pneumonia")[1]["classes"]                                           # doctest: +SKIP
+    ['normal', 'pneumonia']
     """
     folder = Path(run_or_bundle)
     if (folder / "run.json").is_file():
@@ -184,6 +194,11 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     ------
     DatasetError
         When the data set or the fold is empty or unknown, or has other classes than the model.
+
+    Examples
+    --------
+    >>> evaluate("runs/p", split="val")["metrics"]["auc"]["value"] > 0.9                   # doctest: +SKIP
+    True
     """
     from medimg.data.datasets import load_dataset
     from medimg.evaluation.metrics import evaluate_classification
@@ -220,7 +235,7 @@ def _log_read(path, facts, dataset, split):
         file.write(json.dumps(line, sort_keys=True) + "\n")
     return sum(json.loads(t)["dataset"] == dataset.name for t in path.read_text(encoding="utf-8").splitlines() if t.strip())
 
-# %% ../nbs/foundations/api.ipynb #98d8db22
+# %% ../nbs/foundations/api.ipynb #83e09d51
 def load_bundle(name_or_path):
     """A model bundle, verified before anything in it is used.
 
@@ -239,6 +254,11 @@ def load_bundle(name_or_path):
         When there is no such bundle, or it is malformed.
     SignatureError
         When one byte of it was changed.
+
+    Examples
+    --------
+    >>> load_bundle("pneumonia").classes
+    ('normal', 'pneumonia')
     """
     from medimg.deployment.bundle import Bundle
     return Bundle.load(name_or_path)
@@ -264,6 +284,12 @@ def predict(bundle, paths, *, progress: bool = True) -> list:
     ------
     BundleError
         When the input cannot be what the bundle was made for.
+
+    Examples
+    --------
+    >>> from pydicom.data import get_testdata_file
+    >>> predict("pneumonia", get_testdata_file("CT_small.dcm"))[0].status
+    'refused'
     """
     from medimg.deployment.predict import predict as answer
     bundle = bundle if hasattr(bundle, "manifest") else load_bundle(bundle)
@@ -287,6 +313,11 @@ def report(predictions, path, *, title: str = "medimg report", **options) -> Pat
     Returns
     -------
     Path
+
+    Examples
+    --------
+    >>> report(predict("pneumonia", "cxr.dcm"), "report.html").name                         # doctest: +SKIP
+    'report.html'
     """
     from medimg.deployment.report import write_report
     return write_report(path, predictions, title=title, **options)

@@ -55,7 +55,7 @@ def read(path: Annotated[Path, typer.Argument(help="A folder, file or .zip with 
     lines += [f"{f['severity']}: {f['text']}" for f in facts["findings"]] + [f"wrote {p}" for p in facts.get("written", ())]
     _say(facts, "\n".join(lines), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #ac066b50
+# %% ../nbs/foundations/cli.ipynb #e40d7cd4
 def volume_facts(volume) -> dict:
     """The facts of a volume that `medimg read` prints.
 
@@ -98,6 +98,14 @@ def write_volume(volume, folder, name: str) -> list:
     Returns
     -------
     list of Path
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from medimg.data.volume import Volume
+    >>> [p.name for p in write_volume(Volume(np.zeros((2, 8, 8))), tempfile.mkdtemp(), "a")]
+    ['a.png', 'a.nii.gz']
     """
     from medimg.plots import montage_png
     name = name.strip(". ") or "volume"
@@ -106,7 +114,7 @@ def write_volume(volume, folder, name: str) -> list:
     even, suffix = (volume, "") if volume.is_regular else (volume.regularize(), "-regularized")
     return [picture, even.to_nifti(Path(folder) / f"{name}{suffix}.nii.gz")]
 
-# %% ../nbs/foundations/cli.ipynb #3d00d76a
+# %% ../nbs/foundations/cli.ipynb #01424154
 data_app = typer.Typer(no_args_is_help=True, help="Registered data sets: list, info, fetch, check.")
 app.add_typer(data_app, name="data")
 
@@ -135,7 +143,7 @@ def data_info(name: str, as_json: AsJson = False):
     facts = asdict(dataset_info(name))
     _say(facts, columns(("field", "value"), [(k, v) for k, v in facts.items() if v not in (None, "", ())]), as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #e4bd37dc
 @data_app.command("fetch")
 def data_fetch(name: str, folder: Annotated[Path | None, typer.Option(help="Where to; default: the cache.")] = None, as_json: AsJson = False, quiet: Quiet = False):
     """Download a data set from its official source and check it."""
@@ -153,7 +161,7 @@ def data_check(name: str, data: DataOption = "real", as_json: AsJson = False):
              "folds": {s: len(dataset.split(s)) for s in ("train", "val", "test")}, "dropped": drop_shared(dataset, quiet=True).meta.get("dropped")}
     _say(facts, "\n".join([repr(dataset), *(f"{k}: {v}" for k, v in facts.items() if k not in ("name", "n"))]), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #1c77c931
+# %% ../nbs/foundations/cli.ipynb #7550aa0f
 @app.command()
 def train(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
           out: Annotated[Path, typer.Option(help="Run folder; the same command again resumes it.")],
@@ -170,7 +178,7 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
     _say(facts, f"{run.status} after {len(run.history)} epochs, {run.wall_s:.0f} s; validation: "
          + ", ".join(f"{k} {v:.4f}" for k, v in run.metrics.items()) + f"\nnext: medimg evaluate {out}", as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #ed02e157
 @app.command()
 def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bundle folder, or the name of a shipped bundle.")],
              dataset: Annotated[str | None, typer.Argument(help="Default: the one it was trained on.")] = None,
@@ -188,11 +196,18 @@ def metrics_text(result: dict) -> str:
     Parameters
     ----------
     result : dict
-        From `medimg.evaluate` or `medimg.reproduce`.
+        From `medimg.evaluate`.
 
     Returns
     -------
     str
+
+    Examples
+    --------
+    >>> text = metrics_text({"name": "m", "dataset": "d", "n": 9, "interval": "patient-level", "n_boot": 100, "source": "here",
+    ...                      "research_use": "research use", "metrics": {"auc": {"value": 0.9, "low": 0.8, "high": 1.0}}})
+    >>> "0.800 … 1.000" in text
+    True
     """
     rows = [(k, f"{e['value']:.3f}", f"{e['low']:.3f} … {e['high']:.3f}") for k, e in result["metrics"].items()]
     reads = f"\nthis test set has been read {result['test_reads']} times (counted in test_reads.jsonl)" if result.get("test_reads") else ""
@@ -210,7 +225,7 @@ def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr
     auc = result["metrics"]["auc"]
     _say(result, f"{name}: AUC {auc['value']:.4f} [{auc['low']:.4f}, {auc['high']:.4f}] on {result['n_test']} test images; compared with the shipped result: {result['verdict']}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #b6250ed2
+# %% ../nbs/foundations/cli.ipynb #d8c1d9e2
 bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, inspect, verify.")
 app.add_typer(bundle_app, name="bundle")
 
@@ -238,7 +253,7 @@ def bundle_verify(bundle: str, as_json: AsJson = False):
     facts = verify(bundle)
     _say(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #ebddf5c7
 @app.command()
 def predict(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, or a path.")],
             path: Annotated[list[Path], typer.Argument(help="DICOM files, folders, zips; PNG, JPEG, NIfTI, .npy.")], as_json: AsJson = False, quiet: Quiet = False):
@@ -259,7 +274,7 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     page = api.report(answers, out, title=title)
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #486bc026
+# %% ../nbs/foundations/cli.ipynb #02013264
 def answers_text(answers) -> str:
     """Predictions as a table for people.
 
@@ -271,6 +286,12 @@ def answers_text(answers) -> str:
     Returns
     -------
     str
+
+    Examples
+    --------
+    >>> from medimg.deployment.prediction import Prediction
+    >>> "a CT" in answers_text([Prediction("refused", "a.dcm", reasons=("a CT, not a radiograph",))])
+    True
     """
     from medimg.config import RESEARCH_USE
     rows, models = [], set()
@@ -282,7 +303,7 @@ def answers_text(answers) -> str:
     return columns(("study", "status", "answer", f"P({answers[0].classes[-1]})" if answers and answers[0].classes else "P", "reasons and warnings"), rows) + \
         f"\n\nmodel {', '.join(sorted(models))}; {RESEARCH_USE}"
 
-# %% ../nbs/foundations/cli.ipynb #071d6167
+# %% ../nbs/foundations/cli.ipynb #05e63047
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7, as_json: AsJson = False):
     """Make a patient, read the scans, answer, refuse, write a report. Offline, under a minute."""
@@ -300,7 +321,7 @@ def doctor(as_json: AsJson = False):
     lines.append("data folders: " + (", ".join(facts["data_dirs"]) or "none; set MEDIMG_DATA to a folder with data sets"))
     _say(facts, "\n".join(lines), as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #d049baf5
 _PARTS = (("onnxruntime", "predict with bundles", None), ("gdcm", "more DICOM codecs", None), ("tensorflow", "train", "train"), ("matplotlib", "figures", "course"),
           ("jupyterlab", "the chapters", "course"), ("SimpleITK", "exchange with ITK", "course"), ("libjpeg", "JPEG lossless through libjpeg (GPL)", "codecs-gpl"),
           ("pynetdicom", "talk to a PACS", "dicomnet"), ("fastapi", "the service", "serve"), ("weasyprint", "PDF reports", "pdf"), ("ray", "many machines", "ray"))
@@ -312,7 +333,12 @@ def diagnose() -> dict:
     Returns
     -------
     dict
-        `version`, `python`, `platform`, `cpu`, `cpu_flags`, `data_dirs`, `datasets`, `parts` (each with part, state, remedy).
+        `version`, `python`, `platform`, `cpu`, `cpu_flags`, `data_dirs`, `parts` (each with part, state, remedy).
+
+    Examples
+    --------
+    >>> diagnose()["python"].count(".")
+    2
     """
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -340,7 +366,7 @@ def _cpu():
     flags = set(first("flags").split())
     return f"{first('model name') or 'unknown'}, {os.cpu_count()} cores", [f for f in ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile") if f in flags]
 
-# %% ../nbs/foundations/cli.ipynb #c5f65dda
+# %% ../nbs/foundations/cli.ipynb #04546109
 def main(arguments=None) -> None:
     """Entry point of the `medimg` command; ends the process with its exit code.
 
@@ -348,6 +374,16 @@ def main(arguments=None) -> None:
     ----------
     arguments : list of str, optional
         Default: those of the process.
+
+    Examples
+    --------
+    >>> try:
+    ...     main(["data", "info", "phantom-cxr", "--json"])                                 # doctest: +ELLIPSIS
+    ... except SystemExit as end:
+    ...     print("exit code", end.code)
+    {
+    ...
+    exit code 0
     """
     import os
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

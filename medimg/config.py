@@ -19,12 +19,12 @@ from .errors import ConfigError, nearest
 #: Printed on every result that leaves the package.
 RESEARCH_USE = "research use, not a medical device"
 
-# %% ../nbs/foundations/config.ipynb #2165c882
+# %% ../nbs/foundations/config.ipynb #0a20ec6e
 @dataclass(frozen=True)
 class Profile:
     """What one profile scales; see `profile_of`."""
 
-    name: str
+    name: str               # as in the parameters cell
     images: int | None      # training images at most; None = all
     epochs: int             # training epochs at most
     bootstraps: int         # bootstrap resamples for an interval

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_patient', 'real_answers', 'heat_against_truth', 'run_demo', 'demo_text', 'columns']
 
-# %% ../nbs/foundations/demo.ipynb #a7ec854a
+# %% ../nbs/foundations/demo.ipynb #850b7492
 import json
 import time
 from pathlib import Path
@@ -27,6 +27,11 @@ def make_patient(out, *, seed: int = 7) -> dict:
     -------
     dict
         `ct` (folder), `cxr` (file), `truth` (mask `(y, x)` of the opacity on the radiograph), `side` of the opacity.
+
+    Examples
+    --------
+    >>> make_patient("demo/dicom")["cxr"].name                                              # doctest: +SKIP
+    'cxr.dcm'
     """
     from medimg.data.phantom import draw_opacity, radiograph, thorax_phantom
     from medimg.data.phantom_dicom import write_ct, write_radiograph
@@ -51,6 +56,12 @@ def real_answers(bundle, *, k: int = 2) -> list:
     -------
     list of (Prediction, str)
         With the true class.
+
+    Examples
+    --------
+    >>> from medimg.api import load_bundle
+    >>> len(real_answers(load_bundle("pneumonia"), k=0))
+    0
     """
     from medimg.data.datasets import find_dataset, load_dataset
     from medimg.deployment.intake import Study
@@ -61,7 +72,7 @@ def real_answers(bundle, *, k: int = 2) -> list:
     rows = [i for c in range(2) for i in (fold.labels == c).nonzero()[0][:k]]
     return [(answer(bundle, Study(f"PneumoniaMNIST validation image {fold.image_ids[i][:8]}", fold.images[i])), fold.classes[fold.labels[i]]) for i in rows]
 
-# %% ../nbs/foundations/demo.ipynb #5fefff44
+# %% ../nbs/foundations/demo.ipynb #2b597719
 def heat_against_truth(heat, truth) -> dict:
     """How well a heat map points at a known lesion.
 
@@ -108,6 +119,11 @@ def run_demo(out, *, seed: int = 7) -> dict:
     -------
     dict
         JSON-ready: `series`, `answers`, `heat_map`, `report`, `seconds` by step.
+
+    Examples
+    --------
+    >>> run_demo("demo")["answers"][0]["status"]                                            # doctest: +SKIP
+    'answered'
     """
     from pydicom.data import get_testdata_file
 
@@ -143,7 +159,7 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step], self._last = round(now - self._last, 2), now
 
-# %% ../nbs/foundations/demo.ipynb #6046060d
+# %% ../nbs/foundations/demo.ipynb #0d743156
 def _write_page(path, table, ct, answered, refused, real, patient):
     """The demo's report: the answer beside its truth, the refusals, the real images if any, the CT's QA."""
     from medimg.api import report
@@ -161,6 +177,11 @@ def demo_text(result: dict) -> str:
     Returns
     -------
     str
+
+    Examples
+    --------
+    >>> print(demo_text(run_demo("demo")).splitlines()[0])                                  # doctest: +SKIP
+    READ
     """
     rows = [(s["modality"], s["description"] or "-", s["n_files"], " × ".join(map(str, s["shape"] or ())), "; ".join(f["text"] for f in s["findings"]) or "no findings") for s in result["series"]]
     answers = [(a["model"]["name"], a["source"][:44], a["status"], a["label"] or "-", f"{a['probability'][a['classes'][-1]]:.2f}" if a["probability"] else "-",

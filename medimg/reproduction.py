@@ -99,7 +99,7 @@ def _dataset(r, data, profile, n, progress):
     data = data if dataset_info(r.dataset).url else "auto"
     return load_dataset(r.dataset, data=data, n=n or r.n or profile_of(profile).images, quiet=not progress)
 
-# %% ../nbs/foundations/reproduction.ipynb #6f4140c9
+# %% ../nbs/foundations/reproduction.ipynb #3041ad0a
 def _pack(r, run, dataset, tested, out):
     """Build the bundle of a finished run."""
     from medimg.data.datasets import drop_shared
@@ -114,7 +114,7 @@ def _pack(r, run, dataset, tested, out):
     return build_bundle(out / "bundle", model=load_model(out / "run" / "model.keras"), preprocessor=pre, dataset=clean, batch=pre.batch(clean.split("val").images[:32]),
                         name=r.name, version=r.version, **facts)
 
-
+# %% ../nbs/foundations/reproduction.ipynb #fd31ee97
 def _save(result, path):
     import json
     write_atomic(path, json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -90,7 +90,8 @@ def test_parity_with_keras(tmp_path, shape, classes):
     whole = engine.run(x)
     for n in (1, 7):
         assert np.allclose(engine.run(x[:n])["logits"], whole["logits"][:n], atol=1e-5)
-    assert path.read_bytes() == export_onnx(model, tmp_path / "again.onnx").read_bytes()
+    again = Engine(export_onnx(model, tmp_path / "again.onnx")).run(x)
+    assert all(np.array_equal(again[name], whole[name]) for name in OUTPUTS)
     import keras
     odd = keras.Sequential([keras.Input(shape), keras.layers.Flatten(), keras.layers.Dense(3, name="logits")])
     assert Engine(export_onnx(odd, tmp_path / "odd.onnx")).outputs == ("logits",)

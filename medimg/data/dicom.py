@@ -6,9 +6,9 @@
 __all__ = ['MAX_IMAGE_BYTES', 'read_header', 'apply_modality_lut', 'read_pixels', 'apply_voi', 'Finding', 'Geometry',
            'stack_geometry', 'Series', 'SeriesTable', 'scan', 'unzip', 'read']
 
-# %% ../../nbs/data/02_dicom.ipynb #034df18c
+# %% ../../nbs/data/02_dicom.ipynb #3afc5a65
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -247,14 +247,14 @@ def apply_voi(values, center: float, width: float) -> np.ndarray:
         return (np.asarray(values) > center - 0.5).astype("float32")
     return np.clip((np.asarray(values, "float32") - (center - 0.5)) / (width - 1) + 0.5, 0, 1).astype("float32")
 
-# %% ../../nbs/data/02_dicom.ipynb #a2cd8226
+# %% ../../nbs/data/02_dicom.ipynb #bb5cde02
 @dataclass(frozen=True)
 class Finding:
     """One observation about a series: a code, how bad it is (`info`, `warning`, `error`), and a sentence for people."""
 
-    code: str
-    severity: str
-    text: str
+    code: str           # for programs: "missing", "duplicate", "uneven", "tilt" …
+    severity: str       # info, warning or error
+    text: str           # for people
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ class Geometry:
     order: tuple                     # indices of the given slices, first to last along the normal
     affine: np.ndarray               # (4, 4); its first column is a unit step when the slices are uneven
     positions_mm: np.ndarray         # (n,) distance of each slice from the first along the line of slices
-    regular: bool
-    findings: tuple = ()
+    regular: bool                    # whether all gaps are equal
+    findings: tuple = ()             # of Finding
 
 
 def stack_geometry(positions, orientation, pixel_spacing_mm, *, tolerance_mm: float = 0.05) -> Geometry:
@@ -336,22 +336,28 @@ def _geometry_findings(gaps, even, cosine, bent):
         else:
             yield Finding("uneven", "warning", f"slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart")
 
-# %% ../../nbs/data/02_dicom.ipynb #dccb2d20
+# %% ../../nbs/data/02_dicom.ipynb #9e47809d
 @dataclass(frozen=True)
 class Series:
-    """One row of `scan`: the files of a series in geometric order, and what is known without decoding pixels."""
+    """One row of `scan`: the files of a series in geometric order, and what is known without decoding pixels.
 
-    series_uid: str
-    study_uid: str
-    patient_id: str
-    modality: str
-    description: str
+    Examples
+    --------
+    >>> Series("1.2", "1", "p", "CT", "thorax", ("a.dcm",), (1, 4, 4), (1.0, 1.0, 1.0)).is_image
+    True
+    """
+
+    series_uid: str                   # (0020,000E)
+    study_uid: str                    # (0020,000D)
+    patient_id: str                   # (0010,0020)
+    modality: str                     # (0008,0060)
+    description: str                  # (0008,103E)
     files: tuple                      # paths, first to last along the slice normal
     shape: tuple | None               # (z, y, x), None when it is no image
     spacing_mm: tuple | None          # (z, y, x); z is None for uneven slices
     findings: tuple = ()              # of Finding
     references: tuple = ()            # series UIDs that a structure set or segmentation belongs to
-    geometry: Geometry | None = field(default=None, repr=False, compare=False)
+    geometry: Geometry | None = field(default=None, repr=False, compare=False)    # places of the slices, when they have any
 
     @property
     def is_image(self) -> bool:
@@ -365,9 +371,15 @@ class Series:
                 "shape": self.shape and list(self.shape), "spacing_mm": self.spacing_mm and list(self.spacing_mm),
                 "findings": [vars(f) for f in self.findings], "references": list(self.references)}
 
-
+# %% ../../nbs/data/02_dicom.ipynb #009f77b2
 class SeriesTable(list):
-    """List of `Series`; prints as a table. `skipped` holds (path, reason) of the files that could not be used."""
+    """List of `Series`; prints as a table. `skipped` holds (path, reason) of the files that could not be used.
+
+    Examples
+    --------
+    >>> SeriesTable([Series("1.2", "1", "p", "RTSTRUCT", "", ("a.dcm",), None, None)]).images
+    []
+    """
 
     skipped: tuple = ()
 
@@ -391,7 +403,7 @@ class SeriesTable(list):
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
 
-# %% ../../nbs/data/02_dicom.ipynb #5f4d64a6
+# %% ../../nbs/data/02_dicom.ipynb #96138805
 def scan(path, *, progress: bool = True) -> SeriesTable:
     """List the series below a folder, in a file or in a zip archive, from their headers alone.
 
@@ -418,23 +430,15 @@ def scan(path, *, progress: bool = True) -> SeriesTable:
     >>> scan(get_testdata_file("CT_small.dcm"))[0].shape
     (1, 128, 128)
     """
-    groups, skipped = defaultdict(list), []
     files = list(_files(path))
-    for file in _tracked(files, progress):
-        try:
-            header = read_header(file)
-            groups[_guarded(_group_key, header, file)].append((file, header))
-        except MedimgError as error:
-            skipped.append((file, error.what))
+    groups, skipped = _grouped(_tracked(files, progress))
     table = SeriesTable()
     for _, group in sorted(groups.items(), key=lambda item: str(item[0])):
         try:
             table.append(_guarded(_describe, group, group[0][0]))
         except MedimgError as error:
             skipped += [(file, error.what) for file, _ in group]
-    parts = defaultdict(int)
-    for series in table:
-        parts[series.series_uid] += series.is_image
+    parts = Counter(s.series_uid for s in table.images)
     mixed = Finding("mixed", "warning", "the series holds stacks that do not fit together; each is a row of its own")
     table[:] = [replace(s, findings=(*s.findings, mixed)) if parts[s.series_uid] > 1 else s for s in table]
     table.skipped = tuple(skipped)
@@ -443,6 +447,18 @@ def scan(path, *, progress: bool = True) -> SeriesTable:
         raise DicomError(f"no DICOM among {len(files)} files{why}", path=path if isinstance(path, (str, Path)) else None,
                          remedy="give a folder, file or zip that holds DICOM")
     return table
+
+# %% ../../nbs/data/02_dicom.ipynb #76a3a500
+def _grouped(files):
+    """({group key: [(file, header), …]}, [(file, why it was skipped), …])."""
+    groups, skipped = defaultdict(list), []
+    for file in files:
+        try:
+            header = read_header(file)
+            groups[_guarded(_group_key, header, file)].append((file, header))
+        except MedimgError as error:
+            skipped.append((file, error.what))
+    return groups, skipped
 
 
 def _guarded(function, facts, file):
@@ -476,7 +492,7 @@ def _files(path):
         else:
             raise DicomError("no such file or folder", path=p, remedy="check the path")
 
-# %% ../../nbs/data/02_dicom.ipynb #ff6e8edc
+# %% ../../nbs/data/02_dicom.ipynb #41770c64
 def _group_key(header):
     orientation = tuple(np.round([float(v) for v in header.get("ImageOrientationPatient") or ()], 3))
     kind = "LOCALIZER" if "LOCALIZER" in (header.get("ImageType") or ()) else ""
@@ -515,7 +531,7 @@ def _describe(group):
     return Series(files=files, shape=(len(files), *size), spacing_mm=(step, *_spacing(header)[0]),
                   findings=tuple(findings), geometry=geometry, **facts)
 
-
+# %% ../../nbs/data/02_dicom.ipynb #87d20266
 def _unplaced(group, facts, size, frames):
     header = group[0][1]
     findings = [] if _spacing(header)[1] else [Finding("no-spacing", "warning", "the file gives no pixel spacing; 1 mm stands in")]
@@ -527,7 +543,7 @@ def _unplaced(group, facts, size, frames):
     return Series(files=tuple(f for f, _ in group), shape=(len(group) * frames, *size), spacing_mm=(thick, *_spacing(header)[0]),
                   findings=tuple(findings), **facts)
 
-# %% ../../nbs/data/02_dicom.ipynb #17e2fec9
+# %% ../../nbs/data/02_dicom.ipynb #c6485653
 def _references(header):
     """Series UIDs named by a structure set (PS3.3 C.8.8.5) or a segmentation (PS3.3 C.12.1)."""
     found = [s.SeriesInstanceUID for s in header.get("ReferencedSeriesSequence") or () if "SeriesInstanceUID" in s]
@@ -556,6 +572,12 @@ def unzip(path, *, max_files: int = 20_000, max_bytes: int = 16 << 30) -> Path:
     ------
     DicomError
         For a damaged, encrypted or oversized archive.
+
+    Examples
+    --------
+    >>> unzip("absent.zip")
+    Traceback (most recent call last):
+    medimg.errors.DicomError: absent.zip: not a readable zip archive (FileNotFoundError); copy it again
     """
     import atexit
     import shutil

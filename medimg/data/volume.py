@@ -537,7 +537,7 @@ def display(self: Volume) -> np.ndarray:
     center, width = self.meta.get("window") or ((low + high) / 2, max(high - low, 1e-6))
     return np.floor(self.window(center, width) * 255 + 0.5).astype("uint8")
 
-# %% ../../nbs/data/01_volume.ipynb #d23d9a4f
+# %% ../../nbs/data/01_volume.ipynb #071bb828
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _REVERSE = np.eye(4)[[2, 1, 0, 3]]     # index order (x, y, z) <-> (z, y, x)
 
@@ -597,6 +597,12 @@ def from_nifti(path) -> Volume:
         When the file is absent or is no NIfTI.
     GeometryError
         When it has another number of axes.
+
+    Examples
+    --------
+    >>> from_nifti("absent.nii")
+    Traceback (most recent call last):
+    medimg.errors.MedimgError: absent.nii: not a readable NIfTI file (FileNotFoundError); check the name and copy it again
     """
     import nibabel as nib
     try:
@@ -611,7 +617,7 @@ def from_nifti(path) -> Volume:
 
 Volume.from_nifti = staticmethod(from_nifti)
 
-# %% ../../nbs/data/01_volume.ipynb #d8ec3211
+# %% ../../nbs/data/01_volume.ipynb #470e8f21
 @patch
 def to_sitk(self: Volume):
     """The same image as a `SimpleITK.Image` (LPS+ world, (x, y, z) order).
@@ -646,6 +652,11 @@ def from_sitk(image) -> Volume:
     Returns
     -------
     Volume
+
+    Examples
+    --------
+    >>> from_sitk(Volume(np.zeros((2, 3, 4))).to_sitk()).shape      # doctest: +SKIP
+    (2, 3, 4)
     """
     import SimpleITK as sitk
     direction = np.array(image.GetDirection()).reshape(3, 3)[:, ::-1]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'MAX_FILE_BYTES', 'MAX_TOTAL_BYTES', 'MAX_RATIO', 'UNSIGNED', 'UNVERIFIED', 'read_files',
-           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'Bundle', 'calibrate', 'build_bundle', 'pack',
-           'inspect', 'verify', 'update_index']
+           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'Bundle', 'calibrate', 'build_bundle', 'toy_images',
+           'toy_bundle', 'pack', 'inspect', 'verify', 'update_index']
 
 # %% ../../nbs/deployment/01_bundle.ipynb #261d19f8
 import os
@@ -61,7 +61,7 @@ def read_files(path) -> dict:
         return _read_archive(path)
     raise BundleError("there is no such bundle", path=path, remedy=nearest(path.name, shipped()) if shipped() else None)
 
-# %% ../../nbs/deployment/01_bundle.ipynb #64b13654
+# %% ../../nbs/deployment/01_bundle.ipynb #8dcff6d0
 def _read_folder(folder):
     files, total = {}, 0
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
@@ -83,7 +83,7 @@ def _open_plain(path, flags):
         raise OSError("not a plain file")
     return handle
 
-
+# %% ../../nbs/deployment/01_bundle.ipynb #f21af2eb
 def _read_archive(path):
     files, total = {}, 0
     try:
@@ -267,7 +267,7 @@ _CALIBRATION = {"type": "object", "required": ["method", "temperature", "n", "fi
     "method": {"enum": ["temperature", "none"]}, "temperature": {"type": "number", "minimum": 0.001, "maximum": 1000},
     "n": {"type": "integer", "minimum": 0}, "fitted_on": {"type": "string", "maxLength": 200}}}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #b2287830
+# %% ../../nbs/deployment/01_bundle.ipynb #7995daeb
 class Bundle(_Packed):
     """A verified model with all that its answers depend on; implements the Predictor protocol. Made by `Bundle.load`.
 
@@ -279,7 +279,7 @@ class Bundle(_Packed):
 
     @classmethod
     def load(cls, name_or_path, *, verify: bool = True) -> "Bundle":
-        """Open a shipped bundle by name, or any by its path; see `open_files` for the arguments and errors."""
+        """Open a shipped bundle by name, or any by its path (`name_or_path`); `verify` and errors as in `open_files`."""
         files, path, origin = open_files(name_or_path, verify=verify)
         return cls(files, path=path, origin=origin)
 
@@ -299,23 +299,47 @@ class Bundle(_Packed):
         return read_reference(self._files["monitoring_reference.npz"])
 
     def run(self, images) -> dict:
-        """Named outputs for display grey values (n, y, x[, c]) or a list of pictures: logits (n, k), features (n, d), cam (n, h, w, k)."""
+        """Named outputs for `images`, display grey values (n, y, x[, c]) or a list of pictures: logits (n, k), features (n, d), cam (n, h, w, k)."""
         return self.engine.run(self.preprocessor.batch(images))
 
     def predict(self, images) -> np.ndarray:
-        """Calibrated probabilities (n, classes), float64, for display grey values (n, y, x[, c])."""
+        """Calibrated probabilities.
+
+        Parameters
+        ----------
+        images : array (n, y, x[, c]), display grey values 0 … 255
+
+        Returns
+        -------
+        array (n, classes), float64 in 0 … 1
+        """
         return probabilities(self.run(images)["logits"], task=self.task, temperature=self.calibration["temperature"])
 
     def features(self, images) -> np.ndarray:
-        """Features (n, d), float32, the vector before the last layer."""
+        """The vector before the last layer, for `images` (n, y, x[, c]).
+
+        Returns
+        -------
+        array (n, d), float32
+        """
         return self.run(images)["features"]
 
     def cam(self, images) -> np.ndarray:
-        """Class activation maps (n, h, w, units), float32, logit units; their mean plus the bias is the logit."""
+        """Class activation maps for `images` (n, y, x[, c]); their mean plus the bias is the logit.
+
+        Returns
+        -------
+        array (n, h, w, units), float32, logit units
+        """
         return self.run(images)["cam"]
 
     def ood_score(self, images) -> np.ndarray:
-        """Squared Mahalanobis distance (n,) from the training images; above `reference.threshold` is unfamiliar."""
+        """Squared Mahalanobis distance of `images` from the training images; above `reference.threshold` is unfamiliar.
+
+        Returns
+        -------
+        array (n,), float64
+        """
         return self.reference.score(self.features(images))
 
     def __repr__(self):
@@ -337,7 +361,7 @@ def _open_engine(bundle):
         raise BundleError(f"takes {engine.input_shape} but the manifest says {shape}", path=bundle.path / "model.onnx")
     return engine
 
-# %% ../../nbs/deployment/01_bundle.ipynb #f8a893d8
+# %% ../../nbs/deployment/01_bundle.ipynb #c31c20ca
 def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: int = 5000) -> dict:
     """Everything a bundle takes from data: calibration, threshold, reference and the ids of the training images.
 
@@ -358,6 +382,16 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
     -------
     dict
         Arguments for `build_bundle`: `calibration`, `thresholds`, `reference`, `training_ids`.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from medimg.deployment.engine import Engine, toy_network
+    >>> part = SimpleNamespace(images=np.random.default_rng(0).random((8, 16, 16, 1)), labels=np.arange(8) % 3, image_ids=["a"])
+    >>> data = SimpleNamespace(task="multiclass", split=lambda name: part)
+    >>> network = SimpleNamespace(run=lambda x: {"logits": x[:, :3, 0, 0], "features": x[:, 0, :4, 0]})
+    >>> sorted(calibrate(network, SimpleNamespace(batch=lambda images: images), data))
+    ['calibration', 'reference', 'thresholds', 'training_ids']
     """
     train, val = dataset.split("train"), dataset.split("val")
     seen, held = (engine.run(preprocessor.batch(images)) for images in (train.images[:most], val.images))
@@ -370,7 +404,7 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #d84f02bf
+# %% ../../nbs/deployment/01_bundle.ipynb #c8091a8a
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
@@ -401,6 +435,13 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, **facts)
     ------
     BundleError
         When a fact is missing or unknown, Keras and ONNX differ by more than 1e-4, or `out` is something else than a bundle.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> bundle = toy_bundle(tempfile.mkdtemp() + "/toy")
+    >>> bundle.origin, bundle.classes
+    ('unsigned', ('dark', 'bright'))
     """
     from medimg.deployment.engine import Engine
     graph, difference = _graph_of(model, batch)
@@ -481,7 +522,62 @@ def _write_folder(out, files):
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/deployment/01_bundle.ipynb #58d45bf6
+# %% ../../nbs/deployment/01_bundle.ipynb #bf9a6263
+def toy_images(n: int, *, seed: int = 0, side: int = 32) -> tuple:
+    """`n` noisy pictures of `side` pixels drawn by `seed`, every second with a bright middle; for examples and tests.
+
+    Returns
+    -------
+    images : array (n, y, x), uint8
+    labels : array (n,), int
+        1 for a bright middle.
+
+    Examples
+    --------
+    >>> toy_images(4)[1].tolist()
+    [0, 1, 0, 1]
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.normal(90, 25, (n, side, side))
+    images[:, side // 4:-side // 4, side // 4:-side // 4] += (60 * labels + rng.normal(0, 18, n))[:, None, None]
+    return np.clip(images, 0, 255).astype("uint8"), labels
+
+
+def toy_bundle(out, *, bias: float = -2.0, **facts) -> Bundle:
+    """A complete bundle around the network by hand, in the folder `out`; `facts` replace those of `example_manifest`.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder to make.
+    bias : float
+        The network's logit for a black picture.
+    **facts
+        As for `build_bundle`.
+
+    Returns
+    -------
+    Bundle
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> toy_bundle(tempfile.mkdtemp() + "/toy", version="2.0").version
+    '2.0'
+    """
+    from medimg.data.preprocess import Preprocessor
+    from medimg.deployment.engine import Engine, toy_network
+    from medimg.deployment.manifest import example_manifest
+    (images, labels), model = toy_images(400), toy_network(bias=bias)
+    pre = Preprocessor([("resize", {"height": 16, "width": 16}), ("scale", {"low": 0, "high": 255})])
+    found = Engine(model).run(pre.batch(images))
+    known = {k: v for k, v in example_manifest().items() if k in _FACTS}
+    return build_bundle(out, model=model, preprocessor=pre, training_ids=["0" * 16], **{**known, **facts},
+                        calibration=fit_temperature(found["logits"][200:], labels[200:], task="binary"),
+                        reference=fit_reference(found["features"][:200], found["features"][200:]))
+
+# %% ../../nbs/deployment/01_bundle.ipynb #33fac700
 def pack(name_or_path, out) -> Path:
     """Write a verified bundle as one `.medimg` file; equal bundles give equal bytes.
 
@@ -492,10 +588,21 @@ def pack(name_or_path, out) -> Path:
     out : str or Path
         The file to write; its name ends in `.medimg`.
 
+    Returns
+    -------
+    Path
+
     Raises
     ------
     BundleError
         When the bundle does not verify or the name has another ending.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> bundle = toy_bundle(tempfile.mkdtemp() + "/toy")
+    >>> pack(bundle.path, tempfile.mkdtemp() + "/toy.medimg").name
+    'toy.medimg'
     """
     import io
     if Path(out).suffix != ".medimg":
@@ -509,24 +616,38 @@ def pack(name_or_path, out) -> Path:
 
 
 def inspect(name_or_path) -> dict:
-    """Facts of a bundle without running it: `manifest`, `origin`, `warnings`, `sizes` in bytes.
+    """Facts of a bundle (`name_or_path` as for `Bundle.load`) without running it: `manifest`, `origin`, `warnings`, `sizes` in bytes.
 
     Raises
     ------
     BundleError
         When it does not verify.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> bundle = toy_bundle(tempfile.mkdtemp() + "/toy")
+    >>> inspect(bundle.path)["origin"]
+    'unsigned'
     """
     bundle = Bundle.load(name_or_path)
     return {"manifest": bundle.manifest, "origin": bundle.origin, "warnings": list(bundle.warnings), "sizes": bundle.sizes}
 
 
 def verify(name_or_path) -> dict:
-    """Check every digest and open every part: name, version, digest, origin and number of files; raises when anything is wrong.
+    """Check every digest of `name_or_path` and open every part: name, version, digest, origin, number of files; raises when anything is wrong.
 
     Raises
     ------
     BundleError
         SignatureError for a changed, missing or extra file; BundleError for a part that cannot be used.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> bundle = toy_bundle(tempfile.mkdtemp() + "/toy")
+    >>> verify(bundle.path)["files"]
+    8
     """
     bundle = Bundle.load(name_or_path)
     parts = (bundle.preprocessor, bundle.engine, bundle.reference, bundle.calibration, bundle.training_ids)
@@ -541,6 +662,13 @@ def update_index(root=None) -> dict:
     -------
     dict
         The index: name to `version` and `files` (name to SHA-256).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> bundle = toy_bundle(tempfile.mkdtemp() + "/toy")
+    >>> sorted(update_index(bundle.path.parent))
+    ['toy']
     """
     root, index = Path(root or bundles_dir()), {}
     for folder in sorted(p.parent for p in root.glob("*/manifest.json")):

@@ -53,7 +53,7 @@ def toy_network(*, size: int = 16, bias: float = -2.0) -> bytes:
                               [numpy_helper.from_array(v, k) for k, v in weights.items()])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
-# %% ../../nbs/deployment/02_engine.ipynb #755a1bc2
+# %% ../../nbs/deployment/02_engine.ipynb #b6a3f3b1
 _EXTERNAL = b"\x0a\x08location"      # protobuf: a StringStringEntryProto whose key is "location" marks weights kept outside the file
 
 
@@ -81,22 +81,21 @@ class Engine:
 
     def __init__(self, source, *, threads: int | None = None):
         self.path = None if isinstance(source, bytes) else str(source)
-        self._session = _session(_graph_bytes(source), threads, self.path)
-        (image, *others) = self._session.get_inputs()
-        self.outputs = tuple(name for name in OUTPUTS if name in {o.name for o in self._session.get_outputs()})
-        if others or image.name != "images" or "logits" not in self.outputs or len(image.shape) != 4:
+        self._session, inputs, found = _session(_graph_bytes(source), threads, self.path)
+        self.outputs, image = tuple(name for name in OUTPUTS if name in found), inputs[0] if inputs else None
+        if len(inputs) != 1 or image[0] != "images" or "logits" not in self.outputs or len(image[1]) != 4:
             raise BundleError("the graph does not have one input `images` (n, y, x, c) and an output `logits`", path=self.path,
                               remedy="export it with medimg.deployment.engine.export_onnx")
-        self.input_shape = tuple(s if isinstance(s, int) else None for s in image.shape[1:])
+        self.input_shape = tuple(s if isinstance(s, int) else None for s in image[1][1:])
 
     def run(self, batch, *, chunk: int = 256) -> dict:
-        """See `run_engine`: the named outputs for a batch (n, y, x, c)."""
+        """The named outputs for a `batch` (n, y, x, c), `chunk` pictures at a time; see `run_engine`."""
         return run_engine(self, batch, chunk=chunk)
 
     def __repr__(self):
         return f"Engine(images (n, {', '.join(str(s or '?') for s in self.input_shape)}) -> {', '.join(self.outputs)})"
 
-# %% ../../nbs/deployment/02_engine.ipynb #f137c95b
+# %% ../../nbs/deployment/02_engine.ipynb #cdb501d6
 def _graph_bytes(source):
     if isinstance(source, (bytes, bytearray)):
         data, path = bytes(source), None
@@ -118,7 +117,8 @@ def _session(data, threads, path):
     options.log_severity_level, options.inter_op_num_threads = 4, 1
     options.intra_op_num_threads = threads or 0
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return session, [(i.name, list(i.shape)) for i in session.get_inputs()], {o.name for o in session.get_outputs()}
     except Exception as error:      # ONNX Runtime raises a dozen types of its own
         raise BundleError("not a graph that ONNX Runtime can run", path=path, remedy="export it again") from error
 
@@ -168,7 +168,7 @@ def _checked_batch(engine, batch):
         raise BundleError("the batch holds values that are not finite (NaN or infinity)", path=engine.path)
     return batch
 
-# %% ../../nbs/deployment/02_engine.ipynb #fe88728c
+# %% ../../nbs/deployment/02_engine.ipynb #39fb1afd
 def export_onnx(model, path) -> Path:
     """Write a Keras model as one ONNX file with the input `images` and named outputs; the batch size stays free.
 
@@ -192,11 +192,12 @@ def export_onnx(model, path) -> Path:
     Examples
     --------
     >>> from types import SimpleNamespace
-    >>> export_onnx(SimpleNamespace(inputs=[1, 2], output=1, outputs=[1]), "two.onnx")
+    >>> export_onnx(SimpleNamespace(inputs=[1, 2], outputs=[1]), "two.onnx")
     Traceback (most recent call last):
     medimg.errors.BundleError: two.onnx: the model has 2 inputs and the outputs logits; give it one input and name the outputs logits, features, cam
     """
-    names = sorted(model.output) if isinstance(model.output, dict) else ["logits"] * len(model.outputs)
+    output = getattr(model, "output", None)         # a Sequential has none before its first call
+    names = sorted(output) if isinstance(output, dict) else ["logits"] * len(model.outputs)
     if len(model.inputs) != 1 or not set(names) <= set(OUTPUTS) or names.count("logits") != 1:
         raise BundleError(f"the model has {len(model.inputs)} inputs and the outputs {', '.join(names)}", path=path,
                           remedy="give it one input and name the outputs logits, features, cam")
@@ -205,7 +206,7 @@ def export_onnx(model, path) -> Path:
         tmp.write_bytes(_named_graph(model, names))
     return Path(path)
 
-# %% ../../nbs/deployment/02_engine.ipynb #36460bfc
+# %% ../../nbs/deployment/02_engine.ipynb #b014879e
 def _named_graph(model, names):
     import logging
     import tempfile
@@ -228,7 +229,7 @@ def _named_graph(model, names):
 
 
 def _rename(graph, names):
-    """Chosen names outside, numbers inside (in the order of use): equal networks then give equal bytes."""
+    """Chosen names outside, numbers inside: the file then tells nothing of the session that made it."""
     for node in graph.node:
         for name in (*node.input, *node.output):
             names.setdefault(name, f"v{len(names)}" if name else "")

@@ -54,7 +54,7 @@ class Study:
         """Hash of shape and grey values: equal pictures have equal hashes, whatever the file."""
         return hashlib.sha256(f"{self.image.shape}".encode() + np.ascontiguousarray(self.image).tobytes()).hexdigest()
 
-# %% ../../nbs/deployment/03b_intake.ipynb #39d540bf
+# %% ../../nbs/deployment/03b_intake.ipynb #6dea2fa0
 def picture_size(data: bytes) -> tuple:
     """(y, x) in pixels as a PNG or JPEG states it, without decoding (ISO/IEC 15948, ITU-T T.81).
 
@@ -89,12 +89,23 @@ def picture_size(data: bytes) -> tuple:
 
 
 def decode_picture(data: bytes) -> tuple:
-    """Grey values (y, x) or colours (y, x, 3), uint8, of a PNG or JPEG, and warnings.
+    """Grey values (y, x) or colours (y, x, 3), uint8, of a PNG or JPEG given as `data` bytes, and warnings.
+
+    Returns
+    -------
+    image : array (y, x) or (y, x, 3), uint8
+    warnings : tuple of str
 
     Raises
     ------
     DatasetError
         When it cannot be decoded or is larger than 100 million pixels.
+
+    Examples
+    --------
+    >>> from medimg.plots import png_bytes
+    >>> decode_picture(png_bytes(np.zeros((3, 5), "uint8")))[0].shape
+    (3, 5)
     """
     import cv2
     height, width = picture_size(data)
@@ -168,7 +179,7 @@ def _load_npy(path):
         raise DatasetError(f"{array.shape[2]} channels", path=path, remedy="save one picture (y, x) or (y, x, 3)")
     return Study(path.name, np.clip(np.rint(array), 0, 255).astype(np.uint8), reasons=check_range(array))
 
-# %% ../../nbs/deployment/03b_intake.ipynb #c43d07ea
+# %% ../../nbs/deployment/03b_intake.ipynb #48a03dd6
 _FLAT = {"DX", "CR", "MG", "PX", "IO", "RG", "XC", "OP", "ES", "GM", "SM"}      # modalities in which each file is a picture of its own
 
 
@@ -187,6 +198,11 @@ def study_of(volume, source: str) -> Study:
         As read from DICOM or NIfTI.
     source : str
         File name for the record.
+
+    Returns
+    -------
+    Study
+        Its image is (y, x) or (y, x, 3), uint8, display grey values.
 
     Examples
     --------

@@ -113,7 +113,7 @@ def _look(image):
     if contrast < MIN_CONTRAST:
         yield "no", f"almost no contrast (standard deviation {contrast:.1f} of 255 grey levels)"
 
-# %% ../../nbs/deployment/03_predict.ipynb #f9034985
+# %% ../../nbs/deployment/03_predict.ipynb #3b1f529c
 def heat_map(cam, shape_yx, steps=()) -> np.ndarray | None:
     """Evidence for a class on the picture's own pixels, 0 … 1, or None when there is no positive evidence.
 
@@ -157,6 +157,11 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     level : float
         Where the region ends.
 
+    Returns
+    -------
+    Finding
+        With `box_yx` in pixels and, as score, its share of the evidence.
+
     Examples
     --------
     >>> heat = np.zeros((8, 8), "float32"); heat[2:4, 3:7] = 1
@@ -171,7 +176,7 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     return Finding("region that moved the score", "evidence-region", score=round(float(weight[best] / heat.sum()), 4), box_yx=(y, x, y + h, x + w),
                    note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease")
 
-# %% ../../nbs/deployment/03_predict.ipynb #6b208853
+# %% ../../nbs/deployment/03_predict.ipynb #ef27b547
 def answer(bundle: Bundle, study: Study) -> Prediction:
     """The record for one study.
 
@@ -191,6 +196,14 @@ def answer(bundle: Bundle, study: Study) -> Prediction:
     ------
     BundleError
         When the picture cannot go through the network (`check_fit`).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.deployment.bundle import toy_bundle, toy_images
+    >>> picture = toy_images(2, seed=5)[0][1]
+    >>> answer(toy_bundle(tempfile.mkdtemp() + "/toy"), Study("a.png", picture)).label
+    'bright'
     """
     started = time.perf_counter()
     reasons, warnings = check_scope(study, bundle.manifest)
@@ -250,7 +263,7 @@ def _record(bundle, study, status, *, warnings, started, **fields):
                       warnings=(*warnings, *bundle.warnings), picture=study.image, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       duration_ms=round(1000 * (time.perf_counter() - started), 3), **fields)
 
-# %% ../../nbs/deployment/03_predict.ipynb #71645631
+# %% ../../nbs/deployment/03_predict.ipynb #b4e27799
 def predict(bundle, paths, *, progress: bool = True) -> list:
     """Records for all studies found in files, folders or archives.
 
@@ -292,7 +305,7 @@ def predict(bundle, paths, *, progress: bool = True) -> list:
 
 
 def exit_code(predictions: Sequence) -> int:
-    """0 when every study was answered or refused, 2 when one could not be read.
+    """0 when every one of the `predictions` was answered or refused, 2 when a file could not be read.
 
     Examples
     --------

@@ -65,7 +65,7 @@ class Finding:
     lobe: str | None = None
     note: str = ""
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #b2a0bae8
+# %% ../../nbs/deployment/03a_prediction.ipynb #148b0af7
 @dataclass(frozen=True)
 class Prediction:
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
@@ -76,6 +76,10 @@ class Prediction:
         Whether there is an answer.
     source : str
         File or folder name, without its path.
+    task : str, optional
+        binary, multiclass, multilabel or ordinal.
+    classes : tuple of str, optional
+        What the model tells apart.
     label : str, optional
         The answer: one of `classes`; None unless answered.
     score : dict, optional
@@ -84,10 +88,18 @@ class Prediction:
         Calibrated probability 0 … 1 by class.
     threshold : dict, optional
         Probability from which a class is called, chosen on validation images.
+    prediction_set : tuple of str, optional
+        Classes that cannot be excluded at a stated level; None until a later chapter fills it.
+    findings, recommendations : tuple
+        Of `Finding`; recommendations are empty until a later chapter fills them.
     reasons, warnings : tuple of str
         Why it was refused; what to bear in mind.
     study, model, ood, uncertainty, explanation, error : dict, optional
         Facts of the study; name, version and digest of the model; distance from the training images; and so on.
+    input_sha256, created : str, optional
+        Hash of the grey values; time of the answer, ISO 8601, UTC.
+    duration_ms : float, optional
+        From the loaded picture to the answer.
     picture : array (y, x[, c]) uint8, optional
         Display grey values, for reports; not part of the record on disk.
     heat_map : array (y, x) float32 in 0 … 1, optional
@@ -125,8 +137,7 @@ class Prediction:
     heat_map: np.ndarray | None = None
 
     def __repr__(self):
-        p = "" if not (self.label and self.probability) else f", P({self.label}) = {self.probability[self.label]:.2f}"
-        return f"Prediction({self.source}: {self.status}{f' {self.label}' if self.label else ''}{p}{'; ' + self.reasons[0] if self.reasons else ''})"
+        return f"Prediction({self.source}: {_summary(self)})"
 
     def to_dict(self) -> dict:
         """The record as JSON-ready content, checked against `prediction_schema`; pictures are left out."""
@@ -138,8 +149,13 @@ class Prediction:
 
     @staticmethod
     def from_json(text) -> "Prediction":
-        """The record from JSON text or bytes; see `from_json`."""
+        """The record from JSON `text` or bytes; see the function `from_json`."""
         return from_json(text)
+
+# %% ../../nbs/deployment/03a_prediction.ipynb #a7a57197
+def _summary(p):
+    sure = f", P({p.label}) = {p.probability[p.label]:.2f}" if p.label and p.probability else ""
+    return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{'; ' + p.reasons[0] if p.reasons else ''}"
 
 # %% ../../nbs/deployment/03a_prediction.ipynb #205c52e8
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}

@@ -46,7 +46,7 @@ def probabilities(logits, *, task: str, temperature: float = 1.0) -> np.ndarray:
         raise ConfigError(f"a temperature of {temperature}", remedy="it must be above 0")
     return to_probability(np.asarray(logits, dtype=np.float64) / temperature, task)
 
-# %% ../../nbs/deployment/01b_reference.ipynb #f56be657
+# %% ../../nbs/deployment/01b_reference.ipynb #151f2ecb
 def log_loss(logits, y, *, task: str, temperature: float = 1.0) -> float:
     """Mean negative log-likelihood of the labels, in nats per image.
 
@@ -60,6 +60,10 @@ def log_loss(logits, y, *, task: str, temperature: float = 1.0) -> float:
         As in `probabilities`.
     temperature : float
         Above 0.
+
+    Returns
+    -------
+    float
 
     Examples
     --------
@@ -160,7 +164,7 @@ def shrunk_covariance(features) -> tuple:
     share = 1.0 if spread == 0 else float(min(max(noise, 0.0), spread) / spread)
     return (1 - share) * sample + share * sphere * np.eye(d), share
 
-# %% ../../nbs/deployment/01b_reference.ipynb #b91d8bf8
+# %% ../../nbs/deployment/01b_reference.ipynb #f7a764c1
 @dataclass(frozen=True, eq=False)
 class Reference:
     """What the training images looked like to the network; made by `fit_reference`.
@@ -179,6 +183,11 @@ class Reference:
         Training images used.
     validation : array (101,) float32
         Percentiles 0 … 100 of the validation distances, for monitoring drift later.
+
+    Examples
+    --------
+    >>> fit_reference(np.eye(3), np.eye(3)).mean.shape
+    (3,)
     """
 
     mean: np.ndarray
@@ -189,7 +198,11 @@ class Reference:
     validation: np.ndarray
 
     def score(self, features) -> np.ndarray:
-        """Squared Mahalanobis distances (n,) of features (n, d); above `threshold` means unfamiliar.
+        """Squared Mahalanobis distances of `features` (n, d); above `threshold` means unfamiliar.
+
+        Returns
+        -------
+        array (n,), float64
 
         Examples
         --------

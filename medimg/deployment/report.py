@@ -157,7 +157,7 @@ def _films(p, truth):
     return {"films": films, "overlay": len(films) > 1, "width": width, "height": height, "small": max(height, width) < 256, "boxes": boxes, "truth": truth,
             "marks": bool(boxes or truth)}
 
-# %% ../../nbs/deployment/05_report.ipynb #df43223b
+# %% ../../nbs/deployment/05_report.ipynb #a2874922
 _TISSUES = ((-1000, "air", ""), (-500, "", ""), (-100, "fat", "end"), (40, "soft tissue", "start"), (500, "bone", ""), (1000, "", ""))
 
 
@@ -175,6 +175,8 @@ class Section:
         Checks; severity is good, info, warning or error.
     picture : array (y, x) or (y, x, 3) uint8, optional
         Shown with `caption`.
+    caption : str
+        Under the picture.
     histogram : dict, optional
         As `hu_histogram` makes it.
 
@@ -205,6 +207,11 @@ def hu_histogram(values, *, low: float = -1100, high: float = 1100, bins: int = 
     bins : int
         Number of bars.
 
+    Returns
+    -------
+    dict
+        `path`, `ticks`, `title`, `alt`, `note` for the template.
+
     Examples
     --------
     >>> hu_histogram(np.array([-1000.0, 0, 0, 40]))["path"][:10]
@@ -218,7 +225,7 @@ def hu_histogram(values, *, low: float = -1100, high: float = 1100, bins: int = 
     return {"path": f"M0,122 {' '.join(steps)} L400,122 Z", "ticks": ticks, "title": "Histogram of HU", "alt": f"histogram of HU values, highest near {peak:.0f} HU",
             "note": f"Height: square root of the number of voxels in {(high - low) / bins:.0f} HU. Values beyond the ends count at the ends."}
 
-# %% ../../nbs/deployment/05_report.ipynb #466ecad0
+# %% ../../nbs/deployment/05_report.ipynb #defeab87
 def volume_section(volume, *, title: str = "", findings=(), window=None, tiles: int = 12) -> Section:
     """A section about one series: facts, checks, montage and, for HU, the histogram.
 
@@ -234,6 +241,10 @@ def volume_section(volume, *, title: str = "", findings=(), window=None, tiles: 
         Display window in the volume's unit; default: the series' own.
     tiles : int
         Slices in the montage.
+
+    Returns
+    -------
+    Section
 
     Examples
     --------
@@ -275,12 +286,27 @@ def _tile(image, side=200):
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
 
-# %% ../../nbs/deployment/05_report.ipynb #1d7fe84b
+# %% ../../nbs/deployment/05_report.ipynb #d0e4918c
 _ORIGINS = {"shipped": "shipped, digests verified", "unsigned": "unsigned: origin not proven", "unverified": "not verified"}
 
 
 def render_report(predictions=(), *, title: str = "medimg report", question: str = "", sections=(), truths=None) -> str:
-    """The report as one HTML page; see `write_report`."""
+    """The report as the text of one HTML page.
+
+    Parameters
+    ----------
+    predictions, title, question, sections, truths
+        As for `write_report`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> render_report([Prediction("refused", "a.dcm", reasons=("modality CT",))])[:15]
+    '<!doctype html>'
+    """
     env, css = _environment()
     predictions, truths = list(predictions), truths or {}
     cards = [card(p, truth=truths.get(p.source)) for p in predictions]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'plain_recipe', 'recipe']
 
-# %% ../../nbs/training/02b_recipes.ipynb #95f01080
+# %% ../../nbs/training/02b_recipes.ipynb #00bb509b
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, nearest
@@ -14,18 +14,24 @@ from .record import TrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides how a network is trained, and whom it is for."""
+    """Everything that decides how a network is trained, and whom it is for.
 
-    name: str
-    dataset: str
+    Examples
+    --------
+    >>> Recipe("toy", "phantom-cxr", (), TrainConfig(epochs=1)).model
+    'resnet'
+    """
+
+    name: str                            # what `medimg reproduce` is given
+    dataset: str                         # as in `load_dataset`
     steps: tuple                         # of (step name, parameters) for a Preprocessor
-    config: TrainConfig
-    model: str = "resnet"
-    model_options: dict = field(default_factory=dict)
+    config: TrainConfig                  # how long and how
+    model: str = "resnet"                # as in `build_model`
+    model_options: dict = field(default_factory=dict)    # of that network
     n: int | None = None                 # how many images to make or take; None: all
-    version: str = "1.0"
-    input: dict = field(default_factory=dict)
-    population: dict = field(default_factory=dict)
+    version: str = "1.0"                 # of the bundle
+    input: dict = field(default_factory=dict)            # what kind of image it is for
+    population: dict = field(default_factory=dict)       # whom the training images show
 
     def preprocessor(self, images):
         """The recipe's Preprocessor for images of this kind.
@@ -90,19 +96,23 @@ def recipe(name: str) -> Recipe:
         raise ConfigError(f"nothing called {name!r} to reproduce", remedy=nearest(name, RECIPES))
     return RECIPES[name]
 
-# %% ../../nbs/training/02b_recipes.ipynb #cb123f00
+# %% ../../nbs/training/02b_recipes.ipynb #5381ee41
 _RADIOGRAPH = {"modality": ["CR", "DX", "RG"], "body_part": "CHEST", "units": "display grey", "range": [0, 255], "spacing_mm": None}
 
 RECIPES = {r.name: r for r in (
     Recipe("pneumonia", "pneumoniamnist",
            (("grayscale", {}), ("center_square", {}), ("resize", {"height": 28, "width": 28}), ("scale", {"low": 0.0, "high": 255.0})),
-           TrainConfig(epochs=20, batch_size=64, learning_rate=2e-3, label_smoothing=0.05),
+           TrainConfig(epochs=24, batch_size=64, learning_rate=3e-3, label_smoothing=0.05, weight_decay=0.05, class_weights=True, keep="last", monitor="loss",
+                       augment={"shift": 0.1, "rotate_deg": 12.0, "zoom": 0.15, "brightness": 0.15, "contrast": 0.3}),
+           model_options={"width": 16, "blocks": [1, 1, 1], "dropout": 0.2},
            input={**_RADIOGRAPH, "view": ["AP", "PA"]},
            population={"description": "children of one to five years, Guangzhou; chest radiographs, antero-posterior", "age_years": [1, 5], "sex": None,
                        "source": "Kermany et al., Cell 2018, through MedMNIST v2"}),
     Recipe("phantom-cxr", "phantom-cxr",
            (("grayscale", {}), ("center_square", {}), ("resize", {"height": 64, "width": 64}), ("scale", {"low": 0.0, "high": 255.0})),
-           TrainConfig(epochs=20, batch_size=64, learning_rate=2e-3, label_smoothing=0.05), n=3000,
+           TrainConfig(epochs=30, batch_size=32, learning_rate=3e-3, label_smoothing=0.05, weight_decay=0.05, keep="last", monitor="loss",
+                       augment={"shift": 0.06, "rotate_deg": 8.0, "zoom": 0.08, "brightness": 0.1, "contrast": 0.2}), n=3000,
+           model_options={"width": 16, "blocks": [1, 1, 1]},
            input={**_RADIOGRAPH, "view": ["PA"]},
            population={"description": "thorax phantom of this package, radiographs with and without planted opacities; no person", "age_years": [18, 90],
                        "sex": None, "source": "medimg.data.phantom"}),

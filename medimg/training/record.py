@@ -192,9 +192,46 @@ def _lock_sha256():
     locks = sorted(p for p in _root().iterdir() if p.is_file() and "lock" in p.name and p.suffix in (".txt", ".lock")) if _root() else []
     return sha256_of("\n".join(sha256_of(p) for p in locks).encode()) if locks else None
 
-# %% ../../nbs/training/02a_record.ipynb #bcf8d93e
+# %% ../../nbs/training/02a_record.ipynb #87a016b5
+def _known_fields(cls, facts):
+    known = {f.name for f in fields(cls)}
+    return {key: value for key, value in facts.items() if key in known}
+
+
+def _read_record(cls, folder):
+    path = folder / "run.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise ConfigError("no run record here", path=folder, remedy="name the --out folder of a finished `medimg train`")
+    try:
+        return cls.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"not a run record ({error})", path=path, remedy="train again into another folder") from error
+
+
+class _JsonFile:
+    """To and from `run.json`."""
+
+    def to_json(self) -> str:
+        """The record as JSON text: sorted keys, no NaN (a value that is not finite becomes null)."""
+        return json.dumps(_plain(asdict(self)), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunRecord":
+        """The record that `to_json` wrote as `text`; fields of a newer schema that this version does not know are left out."""
+        return cls(**_known_fields(cls, json.loads(text)))
+
+    def save(self, folder) -> Path:
+        """Write `run.json` into a `folder`, atomically, and return its path."""
+        return write_atomic(Path(folder) / "run.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder) -> "RunRecord":
+        """Read `run.json` of a run's `folder` (or the file itself); ConfigError when it is missing or not a record."""
+        return _read_record(cls, Path(folder))
+
+# %% ../../nbs/training/02a_record.ipynb #ad30358f
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(_JsonFile):
     """What one training run was, and what came out of it: the content of `run.json`.
 
     Parameters
@@ -266,39 +303,6 @@ class RunRecord:
     train_ids: str = "training_ids.txt"
     research_use: str = RESEARCH_USE
     schema_version: int = 1
-
-    def to_json(self) -> str:
-        """The record as JSON text: sorted keys, no NaN (a value that is not finite becomes null)."""
-        return json.dumps(_plain(asdict(self)), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "RunRecord":
-        """The record that `to_json` wrote as `text`; fields of a newer schema that this version does not know are left out."""
-        return cls(**_known_fields(cls, json.loads(text)))
-
-    def save(self, folder) -> Path:
-        """Write `run.json` into a `folder`, atomically, and return its path."""
-        return write_atomic(Path(folder) / "run.json", self.to_json())
-
-    @classmethod
-    def load(cls, folder) -> "RunRecord":
-        """Read `run.json` of a run's `folder` (or the file itself); ConfigError when it is missing or not a record."""
-        return _read_record(cls, Path(folder))
-
-# %% ../../nbs/training/02a_record.ipynb #5a738fc7
-def _known_fields(cls, facts):
-    known = {f.name for f in fields(cls)}
-    return {key: value for key, value in facts.items() if key in known}
-
-
-def _read_record(cls, folder):
-    path = folder / "run.json" if folder.is_dir() else folder
-    if not path.is_file():
-        raise ConfigError("no run record here", path=folder, remedy="name the --out folder of a finished `medimg train`")
-    try:
-        return cls.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"not a run record ({error})", path=path, remedy="train again into another folder") from error
 
 # %% ../../nbs/training/02a_record.ipynb #6005286c
 def _plain(value):
