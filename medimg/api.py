@@ -124,7 +124,7 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #8139a9dc
+# %% ../nbs/foundations/api.ipynb #7397f57f
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
@@ -212,7 +212,7 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     reads = _log_read(log or _log_of(run_or_bundle), facts, dataset, split) if split == "test" else None
     p = predictor.predict(part.images)
     estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"],
-                                        threshold=facts["threshold"] or 0.5, groups=part.groups, n_boot=n_boot, seed=seed)
+                                        threshold=facts["threshold"] or 0.5, groups=part.patient_ids, n_boot=n_boot, seed=seed)
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}

@@ -19,7 +19,7 @@ from .errors import ConfigError, nearest
 #: Printed on every result that leaves the package.
 RESEARCH_USE = "research use, not a medical device"
 
-# %% ../nbs/foundations/config.ipynb #0a20ec6e
+# %% ../nbs/foundations/config.ipynb #7d95a3c5
 @dataclass(frozen=True)
 class Profile:
     """What one profile scales; see `profile_of`."""
@@ -32,7 +32,7 @@ class Profile:
 
 
 PROFILES = {p.name: p for p in (Profile("ci", 512, 2, 200, 48), Profile("course", None, 12, 1000, 400),
-                                Profile("full", None, 30, 5000, 3000))}
+                                Profile("full", None, 100, 5000, 3000))}
 
 
 def profile_of(name: str) -> Profile:

@@ -267,7 +267,7 @@ _CALIBRATION = {"type": "object", "required": ["method", "temperature", "n", "fi
     "method": {"enum": ["temperature", "none"]}, "temperature": {"type": "number", "minimum": 0.001, "maximum": 1000},
     "n": {"type": "integer", "minimum": 0}, "fitted_on": {"type": "string", "maxLength": 200}}}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #7995daeb
+# %% ../../nbs/deployment/01_bundle.ipynb #a8b56a17
 class Bundle(_Packed):
     """A verified model with all that its answers depend on; implements the Predictor protocol. Made by `Bundle.load`.
 
@@ -303,7 +303,7 @@ class Bundle(_Packed):
         return self.engine.run(self.preprocessor.batch(images))
 
     def predict(self, images) -> np.ndarray:
-        """Calibrated probabilities.
+        """Calibrated probabilities of the classes, one row for each picture.
 
         Parameters
         ----------

@@ -96,7 +96,7 @@ def recipe(name: str) -> Recipe:
         raise ConfigError(f"nothing called {name!r} to reproduce", remedy=nearest(name, RECIPES))
     return RECIPES[name]
 
-# %% ../../nbs/training/02b_recipes.ipynb #5381ee41
+# %% ../../nbs/training/02b_recipes.ipynb #5c61e29b
 _RADIOGRAPH = {"modality": ["CR", "DX", "RG"], "body_part": "CHEST", "units": "display grey", "range": [0, 255], "spacing_mm": None}
 
 RECIPES = {r.name: r for r in (
@@ -110,7 +110,7 @@ RECIPES = {r.name: r for r in (
                        "source": "Kermany et al., Cell 2018, through MedMNIST v2"}),
     Recipe("phantom-cxr", "phantom-cxr",
            (("grayscale", {}), ("center_square", {}), ("resize", {"height": 64, "width": 64}), ("scale", {"low": 0.0, "high": 255.0})),
-           TrainConfig(epochs=30, batch_size=32, learning_rate=3e-3, label_smoothing=0.05, weight_decay=0.05, keep="last", monitor="loss",
+           TrainConfig(epochs=50, batch_size=32, learning_rate=4e-3, label_smoothing=0.05, weight_decay=0.05, keep="last", monitor="loss",
                        augment={"shift": 0.06, "rotate_deg": 8.0, "zoom": 0.08, "brightness": 0.1, "contrast": 0.2}), n=3000,
            model_options={"width": 16, "blocks": [1, 1, 1]},
            input={**_RADIOGRAPH, "view": ["PA"]},

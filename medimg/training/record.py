@@ -166,7 +166,7 @@ def _machine():
     found["cpu"] = about.get("model name", found["cpu"])
     return found | {"architecture": platform.machine(), "cores": cores, "system": platform.system()}
 
-# %% ../../nbs/training/02a_record.ipynb #7f84904e
+# %% ../../nbs/training/02a_record.ipynb #1d2287df
 def _root():
     """Root of the working copy this package runs from, or None for an installed wheel."""
     root = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ def _code_commit():
 
 
 def _lock_sha256():
-    locks = sorted(p for p in _root().iterdir() if p.is_file() and "lock" in p.name and p.suffix in (".txt", ".lock")) if _root() else []
+    locks = sorted((_root() / "locks").glob("*.txt")) if _root() else []
     return sha256_of("\n".join(sha256_of(p) for p in locks).encode()) if locks else None
 
 # %% ../../nbs/training/02a_record.ipynb #87a016b5
