@@ -159,11 +159,15 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step], self._last = round(now - self._last, 2), now
 
-# %% ../nbs/foundations/demo.ipynb #0d743156
+# %% ../nbs/foundations/demo.ipynb #cd796043
 def _write_page(path, table, ct, answered, refused, real, patient):
     """The demo's report: the answer beside its truth, the refusals, the real images if any, the CT's QA."""
     from medimg.api import report
-    return report([*answered, *refused, *(r for r, _ in real)], path, title="medimg demo: one invented patient")
+    from medimg.deployment.report import volume_section
+    series = next(s for s in table if s.modality == "CT")
+    return report([*answered, *refused, *(r for r, _ in real)], path, title="One invented patient",
+                  question="A chest radiograph and a thorax CT of a phantom: is there an opacity, and may this model answer at all?",
+                  sections=[volume_section(ct, findings=series.findings, window=(-600.0, 1500.0))], truths={answered[0].source: patient["truth"]})
 
 
 def demo_text(result: dict) -> str:

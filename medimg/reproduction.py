@@ -42,7 +42,7 @@ def verdict(new: dict, old: dict | None) -> str:
     changed = [part for part in sorted(set(mine) | set(theirs)) if mine.get(part) != theirs.get(part)]
     return f"different: {', '.join(changed) if changed else 'none of config, data, model and preprocessing changed; look at versions and machine'}"
 
-# %% ../nbs/foundations/reproduction.ipynb #96ff7e61
+# %% ../nbs/foundations/reproduction.ipynb #b6b8e60f
 def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real", seed: int | None = None, n: int | None = None, update: bool = False,
               progress: bool = True) -> dict:
     """Train, evaluate and pack the recipe `name`, and compare with the shipped result.
@@ -71,6 +71,11 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
         For an unknown name.
     DatasetError
         When the data set cannot be had.
+
+    Examples
+    --------
+    >>> reproduce("pneumonia")["verdict"]                                                   # doctest: +SKIP
+    'same'
     """
     from medimg.api import evaluate, train
     from medimg.training.recipes import recipe
