@@ -6,7 +6,8 @@
 __all__ = ['TASKS', 'MODELS', 'task_of', 'head_units', 'to_probability', 'article_cnn', 'gated_pooling', 'gated_cnn', 'mlp_28',
            'lung_ct_cnn', 'ModelEntry', 'build_model', 'Predictor', 'load_model']
 
-# %% ../../nbs/models/03_networks.ipynb #ef7c5dec
+# %% ../../nbs/models/03_networks.ipynb #8100dc79
+import contextlib
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
@@ -128,18 +129,38 @@ def _checked_logits(logits, task):
                           remedy="look for NaN in the input images or for diverged weights")
     return a
 
-# %% ../../nbs/models/03_networks.ipynb #2ea4fb49
+# %% ../../nbs/models/03_networks.ipynb #a7f80216
 def _keras():
     """Keras on TensorFlow, loaded at the first call only."""
     import os
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import keras
+        with _hushed():
+            import keras
     except ImportError as error:
         raise ConfigError("building or training a network needs TensorFlow and Keras",
                           remedy="pip install 'medimg[train]'") from error
     return keras
+
+
+@contextlib.contextmanager
+def _hushed():
+    """TensorFlow greets on file descriptor 2 before it reads its own log level; the greeting goes nowhere, once."""
+    import os
+    import sys
+    if "tensorflow" in sys.modules or os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":
+        yield
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _input(shape, *, rank, least, name):
