@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['read', 'train', 'recipe_for', 'load_predictor', 'evaluate', 'load_bundle', 'predict', 'report']
 
-# %% ../nbs/foundations/api.ipynb #0d4a5cc6
+# %% ../nbs/foundations/api.ipynb #b10d72ec
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from .config import RESEARCH_USE, cache_dir, profile_of
+from .config import RESEARCH_USE, cache_dir, profile_of, write_atomic
 from .errors import DatasetError
 
 # %% ../nbs/foundations/api.ipynb #45a32b6d
@@ -46,9 +47,10 @@ def read(path, *, series_uid: str | None = None, progress: bool = False):
         return volume.from_nifti(path)
     return dicom.read(path, series_uid=series_uid, progress=progress)
 
-# %% ../nbs/foundations/api.ipynb #9986cb15
+# %% ../nbs/foundations/api.ipynb #1c1047c9
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",
-          seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True):
+          seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True,
+          recipe=None):
     """Train a network on a data set; the same call again resumes a run that was cut off.
 
     Parameters
@@ -56,7 +58,7 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     dataset : str or ImageDataset
         A registered name, or the data themselves with folds `train` and `val`.
     out : str or Path
-        Run folder: `run.json`, `history.csv`, `model.keras`, `preprocess.json`, `checkpoint.npz`.
+        Run folder: `run.json`, `history.csv`, `model.keras`, `preprocess.json`, `checkpoint.npz`, and `data.json`, how the data were loaded.
     model, model_options, config, preprocess
         Network name and options, `TrainConfig`, `Preprocessor`; default: the data set's recipe (see `recipe_for`).
     profile : str
@@ -64,9 +66,11 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     seed, epochs : int, optional
         Override the recipe's.
     data, n
-        As in `load_dataset`.
+        As in `load_dataset`; by default as many images as recipe and profile allow. A fall back to phantoms is said on stderr.
     resume, progress : bool
         Continue a checkpoint found in `out`; show progress.
+    recipe : Recipe, optional
+        Default: `recipe_for` the data set.
 
     Returns
     -------
@@ -85,23 +89,45 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     >>> train("phantom-cxr", out="runs/p", profile="ci").status                             # doctest: +SKIP
     'finished'
     """
-    from dataclasses import replace
-
-    from medimg.data.datasets import drop_shared, load_dataset
+    from medimg.data.datasets import drop_shared
     from medimg.models.networks import build_model
     from medimg.training.trainer import fit
     limits = profile_of(profile)
-    recipe = recipe_for(dataset if isinstance(dataset, str) else dataset.name)
+    recipe = recipe or recipe_for(dataset if isinstance(dataset, str) else dataset.name)
     if isinstance(dataset, str):
-        dataset = load_dataset(dataset, data=data, n=n or recipe.n or limits.images, quiet=not progress)
+        dataset = _load(dataset, data, n or _most(recipe.n, limits.images), quiet=not progress)
     dataset = drop_shared(dataset, quiet=not progress)
     config = config or recipe.config
     changes = {"seed": config.seed if seed is None else seed, "epochs": min(epochs or config.epochs, max(limits.epochs, epochs or 0))}
     config, preprocess = replace(config, **changes), preprocess or recipe.preprocessor(dataset.images)
     name, options = model or recipe.model, recipe.model_options if model_options is None and model in (None, recipe.model) else model_options or {}
-    network = build_model(name, preprocess.output_shape, len(dataset.classes), task=dataset.task, seed=config.seed, **options)
-    return fit(network, dataset, config, preprocessor=preprocess, out=out, progress=progress, resume=resume,
-               about={"name": recipe.name, "model": name, "model_options": options})
+    network = build_model(name, preprocess.batch(dataset.images[:1]).shape[1:], len(dataset.classes), task=dataset.task, seed=config.seed, **options)
+    run = fit(network, dataset, config, preprocessor=preprocess, out=out, progress=progress, resume=resume,
+              about={"name": recipe.name, "model": name, "model_options": options})
+    write_atomic(Path(out) / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")
+    return run
+
+# %% ../nbs/foundations/api.ipynb #dd80dc31
+def _most(*limits):
+    """The smallest of the limits that are set, or None."""
+    return min((k for k in limits if k), default=None)
+
+
+def _load(name, data, n, *, seed=0, quiet=True):
+    """`load_dataset`, with what was asked for in `meta["loaded"]`; phantoms in place of real images are announced on stderr."""
+    import sys
+
+    from medimg.data.datasets import load_dataset
+    dataset = load_dataset(name, data=data, n=n, seed=seed, quiet=quiet)
+    stands_in = bool(dataset.meta.get("stand_in_for"))
+    if stands_in and data == "auto":
+        print(f"medimg: {name} is not on this computer, so these are phantoms; {_remedy(name)}", file=sys.stderr)
+    loaded = {"name": name, "data": "phantom" if stands_in else data, "n": n, "seed": seed, "checksum": dataset.checksum}
+    return replace(dataset, meta={**dataset.meta, "loaded": loaded})
+
+
+def _remedy(name):
+    return f"run medimg data fetch {name}, or let MEDIMG_DATA name its folder"
 
 # %% ../nbs/foundations/api.ipynb #3f7ef33a
 def recipe_for(name: str):
@@ -124,7 +150,7 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #7397f57f
+# %% ../nbs/foundations/api.ipynb #3a14df4f
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
@@ -136,7 +162,7 @@ def load_predictor(run_or_bundle):
     Returns
     -------
     (Predictor, dict)
-        The facts: `name`, `dataset`, `task`, `classes`, `threshold`, `checksum`, `seed`, `version`.
+        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks; else None), `trained_on` (checksum), `seed`, `version`.
 
     Raises
     ------
@@ -160,10 +186,11 @@ def load_predictor(run_or_bundle):
                            "trained_on": run.dataset["checksum"], "seed": run.seed, "version": None}
     bundle = load_bundle(run_or_bundle)
     m = bundle.manifest
+    threshold = m["thresholds"].get(m["classes"][1]) if m["task"] == "binary" else None
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
-                    "threshold": next(iter(m["thresholds"].values()), None), "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
+                    "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-
+# %% ../nbs/foundations/api.ipynb #0d825a3e
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -179,52 +206,62 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     n_boot, seed : int
         Bootstrap resamples and their seed.
     data, n
-        As in `load_dataset`.
+        As in `load_dataset`, but `"auto"` means the images it was trained on, and real ones of any other set: never phantoms in their place.
     log : Path, optional
-        File for the count of test reads; default: in the run folder, else in the cache.
+        Ledger of test reads; default: `test_reads.jsonl` in the cache.
     progress : bool
         Say which images are used.
 
     Returns
     -------
     dict
-        `metrics` maps a name to `value, low, high`; further `n`, `interval` (patient- or image-level), `threshold`, `dataset`, `checksum`, `test_reads`.
+        `metrics` maps a name to `value, low, high, method` (None where not defined); further `n`, `interval` (patient- or image-level), `threshold`,
+        `dataset`, `checksum`, `same_data` (is it the set it was trained on; None: unknown), `test_reads` (of this set, so far).
 
     Raises
     ------
     DatasetError
-        When the data set or the fold is empty or unknown, or has other classes than the model.
+        When the data set or the fold is empty, unknown or not on this computer, or has other classes than the model.
 
     Examples
     --------
     >>> evaluate("runs/p", split="val")["metrics"]["auc"]["value"] > 0.9                   # doctest: +SKIP
     True
     """
-    from medimg.data.datasets import load_dataset
+    from medimg.data.datasets import drop_shared
     from medimg.evaluation.metrics import evaluate_classification
     predictor, facts = load_predictor(run_or_bundle)
-    dataset = dataset or facts["dataset"]
-    if isinstance(dataset, str):
-        dataset = load_dataset(dataset, data=data, n=n or (recipe_for(dataset).n if dataset == facts["dataset"] else None), quiet=not progress)
+    if dataset is None or isinstance(dataset, str):
+        dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
     if list(dataset.classes) != facts["classes"]:
         raise DatasetError(f"{dataset.name} has the classes {list(dataset.classes)}, the model {facts['classes']}", remedy="choose a data set of the same question")
-    part = dataset.split(split)
-    reads = _log_read(log or _log_of(run_or_bundle), facts, dataset, split) if split == "test" else None
-    p = predictor.predict(part.images)
-    estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"],
-                                        threshold=facts["threshold"] or 0.5, groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    checksums, part = (dataset.checksum, drop_shared(dataset, quiet=True).checksum), dataset.split(split)
+    p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
+    estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
+                                        groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    reads = _log_read(Path(log or cache_dir() / "test_reads.jsonl"), facts, dataset, split) if split == "test" else None
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
+            "same_data": facts["trained_on"] in checksums if facts["trained_on"] else None,
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
-# %% ../nbs/foundations/api.ipynb #9a83dceb
-def _log_of(run_or_bundle):
-    folder = Path(run_or_bundle)
-    return (folder if (folder / "run.json").is_file() else cache_dir()) / "test_reads.jsonl"
+# %% ../nbs/foundations/api.ipynb #8c82a763
+def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
+    """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
+    from medimg.data.datasets import dataset_info, find_dataset
+    note = Path(run_or_bundle) / "data.json"
+    kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    kept = kept or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
+    if name not in (None, kept["name"], facts["dataset"]):
+        kept = {"name": name, "data": "auto", "n": None, "seed": 0}
+    data = kept["data"] if data == "auto" else data
+    if data == "auto" and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
+        raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
+    return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
 
 
 def _log_read(path, facts, dataset, split):
-    """Append one line and return how many there are for this data set."""
+    """Append one line and return how many there are for these very images."""
     from datetime import date
 
     from medimg.training.record import environment
@@ -233,7 +270,15 @@ def _log_read(path, facts, dataset, split):
             "version": facts["version"], "commit": environment().get("code_commit"), "metric": "evaluate_classification"}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, sort_keys=True) + "\n")
-    return sum(json.loads(t)["dataset"] == dataset.name for t in path.read_text(encoding="utf-8").splitlines() if t.strip())
+    return sum(_checksum_in(text) == dataset.checksum for text in path.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def _checksum_in(text):
+    """Of one line of the ledger; None for a line that a crash cut off."""
+    try:
+        return json.loads(text)["checksum"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 # %% ../nbs/foundations/api.ipynb #83e09d51
 def load_bundle(name_or_path):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['make_patient', 'real_answers', 'heat_against_truth', 'run_demo', 'demo_text', 'columns']
 
-# %% ../nbs/foundations/demo.ipynb #850b7492
+# %% ../nbs/foundations/demo.ipynb #61c198cd
 import json
 import time
 from pathlib import Path
 
 from .config import RESEARCH_USE, write_atomic
+from .errors import printable
 
 
 def make_patient(out, *, seed: int = 7) -> dict:
@@ -159,7 +160,7 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step], self._last = round(now - self._last, 2), now
 
-# %% ../nbs/foundations/demo.ipynb #cd796043
+# %% ../nbs/foundations/demo.ipynb #5c526828
 def _write_page(path, table, ct, answered, refused, real, patient):
     """The demo's report: the answer beside its truth, the refusals, the real images if any, the CT's QA."""
     from medimg.api import report
@@ -208,7 +209,7 @@ def columns(head, rows) -> str:
     head : sequence of str
         Column names.
     rows : sequence of sequences
-        Cells; printed with `str`.
+        Cells; printed with `printable`: a name from a file cannot steer the terminal.
 
     Returns
     -------
@@ -221,7 +222,7 @@ def columns(head, rows) -> str:
     ─  ──
     1  xx
     """
-    cells = [list(map(str, head)), *[list(map(str, r)) for r in rows]]
+    cells = [list(map(printable, r)) for r in (head, *rows)]
     widths = [max(len(r[k]) for r in cells) for k in range(len(head))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
     return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])

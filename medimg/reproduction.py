@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['verdict', 'reproduce', 'shipped_result']
 
-# %% ../nbs/foundations/reproduction.ipynb #506242fb
+# %% ../nbs/foundations/reproduction.ipynb #eb65461e
 from pathlib import Path
 
 from .config import RESEARCH_USE, write_atomic
-from .errors import DatasetError
+from .errors import ConfigError, DatasetError
 
 
 def verdict(new: dict, old: dict | None) -> str:
@@ -18,7 +18,7 @@ def verdict(new: dict, old: dict | None) -> str:
     Parameters
     ----------
     new, old : dict
-        With `metrics` (name → `value, low, high`) and `fingerprint` (part → hash); `old` may be None.
+        With `metrics` (name → `value, low, high`; None where not defined) and `fingerprint` (part → hash); `old` may be None.
 
     Returns
     -------
@@ -33,18 +33,27 @@ def verdict(new: dict, old: dict | None) -> str:
     """
     if not old or not old.get("metrics"):
         return "first"
-    pairs = [(new["metrics"][k]["value"], e) for k, e in old["metrics"].items() if k in new["metrics"]]
-    if all(abs(value - e["value"]) < 1e-6 for value, e in pairs):
+    if missing := sorted(set(old["metrics"]) - set(new["metrics"])):
+        return f"different: no {', '.join(missing)} any more"
+    pairs = [(new["metrics"][k]["value"], e) for k, e in old["metrics"].items()]
+    if all(_lies(value, e["value"], e["value"], 1e-6) for value, e in pairs):
         return "same"
-    if all(e["low"] <= value <= e["high"] for value, e in pairs):
+    if all(_lies(value, e["low"], e["high"]) for value, e in pairs):
         return "within the stated interval"
     mine, theirs = new.get("fingerprint") or {}, old.get("fingerprint") or {}
     changed = [part for part in sorted(set(mine) | set(theirs)) if mine.get(part) != theirs.get(part)]
     return f"different: {', '.join(changed) if changed else 'none of config, data, model and preprocessing changed; look at versions and machine'}"
 
-# %% ../nbs/foundations/reproduction.ipynb #b6b8e60f
+
+def _lies(value, low, high, slack=0.0):
+    """Is `value` in the interval? What is not defined (None) agrees only with what was not defined."""
+    if value is None or low is None:
+        return value is low
+    return low - slack <= value <= high + slack
+
+# %% ../nbs/foundations/reproduction.ipynb #07f26501
 def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real", seed: int | None = None, n: int | None = None, update: bool = False,
-              progress: bool = True) -> dict:
+              progress: bool = True, log=None) -> dict:
     """Train, evaluate and pack the recipe `name`, and compare with the shipped result.
 
     Parameters
@@ -56,9 +65,11 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
     profile, data, seed, n
         As in `medimg.train`; other than the defaults they make another result, and are recorded as such.
     update : bool
-        Replace the shipped bundle and `results/NAME.json` (needs a source checkout).
+        Replace the shipped bundle and `results/NAME.json` (needs a source checkout and the defaults above).
     progress : bool
         Show progress.
+    log : Path, optional
+        Ledger of test reads, as in `medimg.evaluate`; with `update` it is `results/test_reads.jsonl`.
 
     Returns
     -------
@@ -68,9 +79,9 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
     Raises
     ------
     ConfigError
-        For an unknown name.
+        For an unknown name, or `update` of anything but the full recipe.
     DatasetError
-        When the data set cannot be had.
+        When the recipe's data set cannot be had; phantoms do not stand in.
 
     Examples
     --------
@@ -80,10 +91,10 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
     from medimg.api import evaluate, train
     from medimg.training.recipes import recipe
     r, out = recipe(name), Path(out or Path("runs") / "reproduce" / name)
-    home = _checkout() if update else None
+    home = _checked_update(r, profile, data, seed, n) if update else None
     dataset = _dataset(r, data, profile, n, progress)
-    run = train(dataset, out=out / "run", profile=profile, seed=seed, progress=progress)
-    tested = evaluate(out / "run", dataset, log=home / "results" / "test_reads.jsonl" if home else None, progress=False)
+    run = train(dataset, out=out / "run", profile=profile, seed=seed, progress=progress, recipe=r)
+    tested = evaluate(out / "run", dataset, log=home / "results" / "test_reads.jsonl" if home else log, progress=False)
     bundle = _pack(r, run, dataset, tested, out)
     shipped = shipped_result(name)
     result = {"name": name, "command": f"medimg reproduce {name}", "profile": profile, "seed": run.seed, "dataset": run.dataset, "metrics": tested["metrics"],
@@ -99,12 +110,24 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
 
 
 def _dataset(r, data, profile, n, progress):
+    from medimg.api import _load, _most, _remedy
     from medimg.config import profile_of
-    from medimg.data.datasets import dataset_info, load_dataset
+    from medimg.data.datasets import dataset_info
     data = data if dataset_info(r.dataset).url else "auto"
-    return load_dataset(r.dataset, data=data, n=n or r.n or profile_of(profile).images, quiet=not progress)
+    dataset = _load(r.dataset, data, n or _most(r.n, profile_of(profile).images), quiet=not progress)
+    if dataset.name != r.dataset:
+        raise DatasetError(f"{r.name} is made from {r.dataset}, and {dataset.name} is another data set", remedy=f"{_remedy(r.dataset)}; then reproduce with data real")
+    return dataset
 
-# %% ../nbs/foundations/reproduction.ipynb #ee705fde
+
+def _checked_update(r, profile, data, seed, n):
+    """The checkout to write into, when nothing deviates from the recipe."""
+    from medimg.data.datasets import dataset_info
+    if profile != "full" or (data != "real" and dataset_info(r.dataset).url) or seed is not None or n is not None:
+        raise ConfigError("update ships only the whole recipe", remedy="leave profile full, data real, and seed and n at their defaults")
+    return _checkout()
+
+# %% ../nbs/foundations/reproduction.ipynb #734fec85
 def _pack(r, run, dataset, tested, out):
     """Build the bundle of a finished run."""
     from medimg.data.datasets import drop_shared
@@ -115,9 +138,9 @@ def _pack(r, run, dataset, tested, out):
     clean, pre = drop_shared(dataset, quiet=True), Preprocessor.load(out / "run" / "preprocess.json")
     network, val = load_model(out / "run" / "model.keras"), clean.split("val")
     calibration, thresholds = _calibrated(network, pre, val, run)
-    facts = {"input": {**r.input, "shape": list(pre.output_shape)}, "population": r.population, "calibration": calibration, "thresholds": thresholds,
+    facts = {"input": {**r.input, "shape": list(pre.batch(dataset.images[:1]).shape[1:])}, "population": r.population, "calibration": calibration, "thresholds": thresholds,
              "metrics": {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]},
-             "training": {"dataset": run.dataset["name"], "checksum": run.dataset["checksum"], "run": "run.json", "seed": run.seed, "commit": run.code_commit}}
+             "training": {"dataset": run.dataset["name"], "checksum": run.dataset["checksum"], "run": None, "seed": run.seed, "commit": run.code_commit}}
     return build_bundle(out / "bundle", model=inference_model(network), preprocessor=pre, dataset=clean, batch=pre.batch(val.images[:32]),
                         name=r.name, version=r.version, **facts)
 
@@ -134,7 +157,7 @@ def _calibrated(network, pre, val, run):
     cut = np.log(run.threshold / (1 - run.threshold))
     return fit, {run.classes[1]: float(probabilities(np.array([[cut]]), task="binary", temperature=fit["temperature"])[0, 1])}
 
-# %% ../nbs/foundations/reproduction.ipynb #fd31ee97
+# %% ../nbs/foundations/reproduction.ipynb #a4036233
 def _save(result, path):
     import json
     write_atomic(path, json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
@@ -172,14 +195,26 @@ def _checkout():
 
 def _ship(result, bundle, home):
     """Put the bundle beside the others in the package, its result beside it and into results/, and renew the digests."""
-    import shutil
-
     from medimg.deployment.bundle import update_index
-    target = home / "medimg" / "bundles" / result["name"]
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(bundle, target)
+    _swap(bundle, home / "medimg" / "bundles" / result["name"])
     kept = {k: result[k] for k in ("name", "metrics", "fingerprint", "versions", "bundle")}
     _save(kept, home / "medimg" / "bundles" / f"{result['name']}.json")
     _save(result, home / "results" / f"{result['name']}.json")
     update_index()
+
+
+def _swap(folder, target):
+    """Put a copy of `folder` in the place of `target`: copied beside it first, then renamed, so that a full disk or Ctrl-C loses nothing."""
+    import os
+    import shutil
+    fresh, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        shutil.copytree(folder, fresh)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

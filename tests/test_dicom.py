@@ -53,7 +53,7 @@ def test_thorax_ct_equals_the_reference(data_root):
 def test_tilted_uneven_head_ct(data_root):
     reference = json.loads((data_root / "reference.json").read_text())["dicom_qa_ct/GE"]
     series = scan(data_root / "dicom_qa_ct" / "GE", progress=False).images[0]
-    assert {"tilt", "uneven", "order"} == {f.code for f in series.findings}
+    assert {"tilt", "uneven"} == {f.code for f in series.findings}
     volume = read(series)
     assert volume.tilt_deg == pytest.approx(reference["tilt_deg"], abs=0.01)
     assert np.allclose(np.diff(volume.slice_positions_mm), reference["gaps_mm_along_z"], atol=1e-3)
@@ -155,10 +155,91 @@ def test_voi_equals_pydicom(center, width, bits):
 def test_monochrome1_comes_out_dense_is_bright(tmp_path):
     ds = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
     straight = read(get_testdata_file("CT_small.dcm"))
-    ds.PhotometricInterpretation, ds.PixelData = "MONOCHROME1", (-1 - ds.pixel_array.astype("int32")).astype("int16").tobytes()
+    ds.Modality, ds.PhotometricInterpretation, ds.PixelData = "CR", "MONOCHROME1", (-1 - ds.pixel_array.astype("int32")).astype("int16").tobytes()
     ds.save_as(tmp_path / "m1.dcm")
     turned = read(tmp_path / "m1.dcm").array.astype(int)
     assert np.array_equal(turned - turned.min(), straight.array.astype(int) - straight.array.min())
+
+
+def test_monochrome1_of_16_bits_does_not_overflow(tmp_path):
+    ds = pydicom.dcmread(get_testdata_file("MR_small.dcm"))
+    ds.PhotometricInterpretation, ds.PixelRepresentation, ds.BitsStored, ds.HighBit = "MONOCHROME1", 0, 16, 15
+    for keyword in ("SmallestImagePixelValue", "LargestImagePixelValue", "WindowCenter", "WindowWidth", "PixelPaddingValue"):
+        if keyword in ds:
+            del ds[keyword]
+    stored = np.linspace(128, 2191, 64 * 64).reshape(64, 64).astype("uint16")
+    ds.PixelData, ds.WindowCenter, ds.WindowWidth = stored.tobytes(), 1000, 1500
+    ds.save_as(tmp_path / "m.dcm")
+    volume = read(tmp_path / "m.dcm")
+    assert np.array_equal(volume.array[0], 65535.0 - stored)
+    assert np.ptp(volume.display()) > 200 and volume.display()[0, 0, 0] > volume.display()[0, -1, -1]
+
+
+def test_monochrome1_ct_keeps_its_hu(tmp_path):
+    ds = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    ds.PhotometricInterpretation = "MONOCHROME1"
+    ds.save_as(tmp_path / "ct.dcm")
+    assert np.array_equal(read(tmp_path / "ct.dcm").array, read(get_testdata_file("CT_small.dcm")).array)
+
+
+def test_a_ct_without_rescale_is_not_called_hu(tmp_path):
+    ds = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    del ds.RescaleIntercept, ds.RescaleSlope
+    ds.save_as(tmp_path / "ct.dcm")
+    assert read(tmp_path / "ct.dcm").units == "raw"
+    assert "no-rescale" in [f.code for f in scan(tmp_path, progress=False)[0].findings]
+
+
+def test_16_bit_colour_keeps_its_brightness(tmp_path):
+    ds = pydicom.dcmread(get_testdata_file("SC_rgb_rle_16bit.dcm"))
+    ds.decompress()
+    ds.PixelData = np.full((ds.Rows, ds.Columns, 3), 0x8001, "<u2").tobytes()
+    ds.PlanarConfiguration = 0
+    ds.save_as(tmp_path / "c.dcm")
+    assert (read(tmp_path / "c.dcm").array == 0x80).all()
+
+
+def test_a_deflated_bomb_is_refused_early(tmp_path, monkeypatch):
+    from medimg.data import dicom
+    ds = pydicom.dcmread(get_testdata_file("image_dfl.dcm"))
+    assert read(get_testdata_file("image_dfl.dcm")).shape == (1, ds.Rows, ds.Columns)
+    monkeypatch.setattr(dicom, "MAX_DEFLATED_BYTES", 10_000)
+    with pytest.raises(DicomError, match="unfolds"):
+        read_header(get_testdata_file("image_dfl.dcm"))
+
+
+@pytest.mark.parametrize("name, keep", [("JPEG2000.dcm", 0.5), ("JPEG-lossy.dcm", 0.9), ("MR_small_RLE.dcm", 0.6)])
+def test_truncated_compressed_pixels_say_so(tmp_path, name, keep):
+    raw = Path(get_testdata_file(name)).read_bytes()
+    (tmp_path / name).write_bytes(raw[:int(len(raw) * keep)])
+    with pytest.raises(DicomError, match="truncated|decoded|cannot be read") as caught:
+        read_pixels(tmp_path / name)
+    assert "give an image file" not in str(caught.value)
+
+
+def test_subsampled_colour_is_whole():
+    assert read(get_testdata_file("SC_ybr_full_422_uncompressed.dcm")).array.shape[-1] == 3
+
+
+def test_localizer_and_stack_with_one_uid_can_be_told_apart(tmp_path):
+    def scout(ds, k):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"] if k == 3 else ["ORIGINAL", "PRIMARY", "AXIAL"]
+    write_series(tmp_path / "s", [0, 3, 6, 40], change=scout)
+    table = scan(tmp_path, progress=False)
+    assert [s.shape[0] for s in table] in ([3, 1], [1, 3]) and "#2" in repr(table)
+    with pytest.raises(DicomError, match="#1"):
+        read(tmp_path)
+    assert {read(tmp_path, series_uid="#1").shape[0], read(tmp_path, series_uid="#2").shape[0]} == {3, 1}
+
+
+def test_nearly_double_slices_are_uneven_not_missing(tmp_path):
+    codes = [f.code for f in scan(write_series(tmp_path / "s", [0, 1, 2, 2.05, 3]), progress=False)[0].findings]
+    assert codes == ["uneven"]
+
+
+def test_a_missing_slice_is_found_at_any_scale(tmp_path):
+    codes = [f.code for f in scan(write_series(tmp_path / "s", [0, 0.04, 0.08, 0.16, 0.2]), progress=False)[0].findings]
+    assert codes == ["missing"]
 
 
 def test_colour_and_palette():

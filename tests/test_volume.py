@@ -135,3 +135,21 @@ def test_orientation_of_oblique_axes_uses_each_world_axis_once():
 def test_display_uses_the_window_of_the_file():
     v = Volume(np.array([[[-1000, 40, 240]]]), meta={"window": (40, 400)})
     assert v.display().tolist() == [[[0, 128, 255]]]
+
+
+def test_odd_nifti_files_are_typed_errors(tmp_path):
+    import gzip
+    good = volume().to_nifti(tmp_path / "good.nii")
+    raw = bytearray(good.read_bytes())
+    huge, kind, packed = bytearray(raw), bytearray(raw), bytearray(gzip.compress(bytes(raw)))
+    huge[42:48] = (32767).to_bytes(2, "little") * 3                    # dim[1..3]
+    kind[70:72] = (9999).to_bytes(2, "little")                         # datatype
+    packed = packed[:len(packed) // 2]
+    nan = volume().with_array(np.full((6, 7, 8), np.nan, "float32")).to_nifti(tmp_path / "nan.nii")
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), "complex64"), np.eye(4)), tmp_path / "complex.nii")
+    for name, data in (("huge.nii", huge), ("kind.nii", kind), ("packed.nii.gz", packed)):
+        (tmp_path / name).write_bytes(data)
+    for path in (nan, *(tmp_path / n for n in ("huge.nii", "kind.nii", "packed.nii.gz", "complex.nii"))):
+        with pytest.raises(MedimgError) as caught:
+            Volume.from_nifti(path)
+        assert path.name in str(caught.value) and "\n" not in str(caught.value)

@@ -74,7 +74,7 @@ def clean_outputs(outputs):
                 continue
         if out.output_type == "stream":
             lines = [line for line in out.text.splitlines(keepends=True) if not NOISE.match(line)]
-            out.text = "".join(line.rsplit("\r", 1)[-1] for line in lines)
+            out.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(line.rsplit("\r", 1)[-1] for line in lines))
             if not out.text.strip():
                 continue
             if kept and kept[-1].output_type == "stream" and kept[-1].name == out.name:
