@@ -107,7 +107,7 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     write_atomic(Path(out) / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")
     return run
 
-# %% ../nbs/foundations/api.ipynb #dd80dc31
+# %% ../nbs/foundations/api.ipynb #cb7c0a8a
 def _most(*limits):
     """The smallest of the limits that are set, or None."""
     return min((k for k in limits if k), default=None)
@@ -122,8 +122,7 @@ def _load(name, data, n, *, seed=0, quiet=True):
     stands_in = bool(dataset.meta.get("stand_in_for"))
     if stands_in and data == "auto":
         print(f"medimg: {name} is not on this computer, so these are phantoms; {_remedy(name)}", file=sys.stderr)
-    loaded = {"name": name, "data": "phantom" if stands_in else data, "n": n, "seed": seed, "checksum": dataset.checksum}
-    return replace(dataset, meta={**dataset.meta, "loaded": loaded})
+    return replace(dataset, meta={**dataset.meta, "loaded": {"name": name, "data": "phantom" if stands_in else data, "n": n, "seed": seed}})
 
 
 def _remedy(name):

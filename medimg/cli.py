@@ -8,7 +8,7 @@ __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'bundle_app', 'sc
            'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo', 'doctor',
            'diagnose', 'main']
 
-# %% ../nbs/foundations/cli.ipynb #f55eee86
+# %% ../nbs/foundations/cli.ipynb #31a5cacf
 import json
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from .demo import columns
-from .errors import ConfigError, MedimgError
+from .errors import ConfigError, MedimgError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="How deep learning reads medical images. Research use, not a medical device.")
@@ -30,7 +30,7 @@ def _say(result, text, as_json):
     """Print the JSON document, or the text for people."""
     print(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else text)
 
-# %% ../nbs/foundations/cli.ipynb #d474e44b
+# %% ../nbs/foundations/cli.ipynb #c22f41fe
 @app.command()
 def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files or a .zip.")], as_json: AsJson = False, quiet: Quiet = False):
     """List the DICOM series below a folder, with what is odd about them."""
@@ -47,13 +47,23 @@ def read(path: Annotated[Path, typer.Argument(help="A folder, file or .zip with 
          as_json: AsJson = False, quiet: Quiet = False):
     """Read one series: statistics in its unit; writes NIfTI and a montage."""
     from medimg import api
+    name = (path.stem or "volume").removesuffix(".nii")
+    if write:
+        _spare_input(path, out, name)
     volume = api.read(path, series_uid=series, progress=not quiet and not as_json)
     facts = volume_facts(volume)
     if write:
-        facts["written"] = [str(p) for p in write_volume(volume, out, (path.stem or "volume").removesuffix(".nii"))]
+        facts["written"] = [str(p) for p in write_volume(volume, out, name)]
     lines = [repr(volume), f"mean {facts['mean']:.4f}, standard deviation {facts['std']:.4f}, minimum {facts['min']:g}, maximum {facts['max']:g} {volume.units}"]
     lines += [f"{f['severity']}: {f['text']}" for f in facts["findings"]] + [f"wrote {p}" for p in facts.get("written", ())]
-    _say(facts, "\n".join(lines), as_json)
+    _say(facts, "\n".join(map(printable, lines)), as_json)
+
+
+def _spare_input(path, out, name):
+    """Refuse to write over what is read."""
+    for target in (out / f"{name}{ending}" for ending in (".png", ".nii.gz", "-regularized.nii.gz")):
+        if target.exists() and path.exists() and target.samefile(path):
+            raise ConfigError("is the input, and would be overwritten", path=target, remedy="name another folder with --out, or use --no-write")
 
 # %% ../nbs/foundations/cli.ipynb #e40d7cd4
 def volume_facts(volume) -> dict:
@@ -114,7 +124,7 @@ def write_volume(volume, folder, name: str) -> list:
     even, suffix = (volume, "") if volume.is_regular else (volume.regularize(), "-regularized")
     return [picture, even.to_nifti(Path(folder) / f"{name}{suffix}.nii.gz")]
 
-# %% ../nbs/foundations/cli.ipynb #01424154
+# %% ../nbs/foundations/cli.ipynb #ddba5c21
 data_app = typer.Typer(no_args_is_help=True, help="Registered data sets: list, info, fetch, check.")
 app.add_typer(data_app, name="data")
 
@@ -122,16 +132,18 @@ app.add_typer(data_app, name="data")
 @data_app.command("list")
 def data_list(as_json: AsJson = False):
     """What is registered, and what is found on this machine."""
-    from medimg.data.datasets import REGISTRY, find_dataset
-    rows = []
-    for info in REGISTRY.values():
-        try:
-            found = find_dataset(info.name) if info.url else None
-            where = found.provenance if found else ("made by this package" if not info.url else "not here: medimg data fetch " + info.name)
-        except MedimgError as error:
-            where = f"unusable: {error.what}"
-        rows.append({"name": info.name, "task": info.task, "classes": list(info.classes), "licence": info.licence, "where": where})
+    from medimg.data.datasets import REGISTRY
+    rows = [{"name": i.name, "task": i.task, "classes": list(i.classes), "licence": i.licence, "where": _where(i)} for i in REGISTRY.values()]
     _say(rows, columns(("name", "task", "classes", "licence", "where"), [(r["name"], r["task"], len(r["classes"]), r["licence"], r["where"]) for r in rows]), as_json)
+
+
+def _where(info):
+    from medimg.data.datasets import find_dataset
+    try:
+        found = find_dataset(info.name) if info.url else None
+    except MedimgError as error:
+        return f"unusable: {error.what}"
+    return found.provenance if found else ("made by this package" if not info.url else "not here: medimg data fetch " + info.name)
 
 
 @data_app.command("info")
@@ -178,18 +190,20 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
     _say(facts, f"{run.status} after {len(run.history)} epochs, {run.wall_s:.0f} s; validation: "
          + ", ".join(f"{k} {v:.4f}" for k, v in run.metrics.items()) + f"\nnext: medimg evaluate {out}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #ed02e157
+# %% ../nbs/foundations/cli.ipynb #c4fa16d9
 @app.command()
 def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bundle folder, or the name of a shipped bundle.")],
              dataset: Annotated[str | None, typer.Argument(help="Default: the one it was trained on.")] = None,
-             split: Annotated[str, typer.Option(help="test (counted), val or train.")] = "test", data: DataOption = "auto",
+             split: Annotated[str, typer.Option(help="test (counted), val or train.")] = "test",
+             data: Annotated[str, typer.Option(help="auto: the images of the training, or real ones; real; phantom.")] = "auto",
+             n: Annotated[int | None, typer.Option(help="About so many images; default: as many as in the training.", min=20)] = None,
              n_boot: Annotated[int, typer.Option(min=100, max=100_000)] = 2000, as_json: AsJson = False):
     """Print the metrics of a run or bundle, each with its 95 % interval."""
     from medimg import api
-    result = api.evaluate(run_or_bundle, dataset, split=split, data=data, n_boot=n_boot, progress=False)
+    result = api.evaluate(run_or_bundle, dataset, split=split, data=data, n=n, n_boot=n_boot, progress=False)
     _say(result, metrics_text(result), as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #0d2375e8
 def metrics_text(result: dict) -> str:
     """The result of `evaluate` as a table for people.
 
@@ -204,17 +218,40 @@ def metrics_text(result: dict) -> str:
 
     Examples
     --------
-    >>> text = metrics_text({"name": "m", "dataset": "d", "n": 9, "interval": "patient-level", "n_boot": 100, "source": "here",
-    ...                      "research_use": "research use", "metrics": {"auc": {"value": 0.9, "low": 0.8, "high": 1.0}}})
-    >>> "0.800 … 1.000" in text
+    >>> text = metrics_text({"name": "m", "dataset": "d", "n": 9, "interval": "patient-level", "source": "here", "research_use": "research use",
+    ...                      "metrics": {"auc": {"value": 0.9, "low": 0.8, "high": 1.0, "method": "bootstrap, 100 resamples of 9 patients"}}})
+    >>> "0.800 … 1.000" in text and "bootstrap, 100 resamples of 9 patients (auc)" in text
     True
     """
-    rows = [(k, f"{e['value']:.3f}", f"{e['low']:.3f} … {e['high']:.3f}") for k, e in result["metrics"].items()]
-    reads = f"\nthis test set has been read {result['test_reads']} times (counted in test_reads.jsonl)" if result.get("test_reads") else ""
-    return (f"{result['name']} on {result['dataset']} / {result.get('split', 'test')}, n = {result['n']}\n\n" + columns(("metric", "value", "95 % interval"), rows)
-            + f"\n\nintervals: {result['interval']}; {result['n_boot']} bootstrap resamples\nimages: {result['source']}{reads}\n{result['research_use']}")
+    rows = [(k, *_figures(e)) for k, e in result["metrics"].items()]
+    lines = [f"{result['name']} on {result['dataset']} / {result.get('split', 'test')}, n = {result['n']}\n", columns(("metric", "value", "95 % interval"), rows), ""]
+    lines += [f"intervals: {result['interval']}", *_methods(result["metrics"])]
+    if result["source"].startswith("phantom"):      # nobody was a patient
+        lines = [line.replace("patient", "phantom") for line in lines]
+    lines.append(f"images: {result['source']}")
+    if result.get("same_data") is False:
+        lines.append("these are not the images that the model's training set and folds came with: what it was trained on may be among them")
+    if result.get("test_reads"):
+        lines.append(f"this test set has been read {result['test_reads']} times on this computer")
+    return "\n".join([*lines, result["research_use"]])
 
 
+def _figures(e):
+    if e["value"] is None:
+        return "not defined", (e.get("method") or "").removeprefix("not defined: ") or "-"
+    return f"{e['value']:.3f}", "-" if e["low"] is None else f"{e['low']:.3f} … {e['high']:.3f}"
+
+
+def _methods(metrics):
+    """How the intervals were made, one line a method, with the metrics it was used for."""
+    import re
+    names = {}
+    for name, e in metrics.items():
+        if e["value"] is not None and e.get("method"):
+            names.setdefault(re.sub(r"^(Wilson), \d+ ", r"\1, number ", e["method"]), []).append(name)
+    return [f"  {method} ({', '.join(which)})" for method, which in names.items()]
+
+# %% ../nbs/foundations/cli.ipynb #9b92669e
 @app.command()
 def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr.")], out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce/NAME.")] = None,
               profile: str = "full", data: DataOption = "real", update: Annotated[bool, typer.Option("--update", help="Authors: ship the new bundle and result.")] = False,
@@ -222,8 +259,8 @@ def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr
     """Train, evaluate and pack a recipe again, and compare with what is shipped."""
     from medimg.reproduction import reproduce as again
     result = again(name, out=out, profile=profile, data=data, update=update, progress=not quiet and not as_json)
-    auc = result["metrics"]["auc"]
-    _say(result, f"{name}: AUC {auc['value']:.4f} [{auc['low']:.4f}, {auc['high']:.4f}] on {result['n_test']} test images; compared with the shipped result: {result['verdict']}", as_json)
+    value, interval = _figures(result["metrics"]["auc"])
+    _say(result, f"{name}: AUC {value} [{interval}] on {result['n_test']} test images; compared with the shipped result: {result['verdict']}", as_json)
 
 # %% ../nbs/foundations/cli.ipynb #d8c1d9e2
 bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, inspect, verify.")
@@ -253,26 +290,28 @@ def bundle_verify(bundle: str, as_json: AsJson = False):
     facts = verify(bundle)
     _say(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #ebddf5c7
+# %% ../nbs/foundations/cli.ipynb #e2fea638
 @app.command()
 def predict(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, or a path.")],
             path: Annotated[list[Path], typer.Argument(help="DICOM files, folders, zips; PNG, JPEG, NIfTI, .npy.")], as_json: AsJson = False, quiet: Quiet = False):
     """Answer studies, or refuse them with reasons. Exit code 2 when a file could not be read."""
     from medimg import api
+    from medimg.deployment.predict import exit_code
     answers = api.predict(bundle, list(path), progress=not quiet and not as_json)
     _say([a.to_dict() for a in answers], answers_text(answers), as_json)
-    if any(a.status == "error" for a in answers):
-        raise typer.Exit(2)
+    raise typer.Exit(exit_code(answers))
 
 
 @app.command()
 def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, or a path.")], path: Annotated[list[Path], typer.Argument(help="As for predict.")],
            out: Annotated[Path, typer.Option(help="The .html file.")] = Path("report.html"), title: str = "medimg report", as_json: AsJson = False, quiet: Quiet = False):
-    """Answer studies and write one self-contained HTML page."""
+    """Answer studies and write one self-contained HTML page. Exit code as for predict."""
     from medimg import api
+    from medimg.deployment.predict import exit_code
     answers = api.predict(bundle, list(path), progress=not quiet and not as_json)
     page = api.report(answers, out, title=title)
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
+    raise typer.Exit(exit_code(answers))
 
 # %% ../nbs/foundations/cli.ipynb #02013264
 def answers_text(answers) -> str:
@@ -303,7 +342,7 @@ def answers_text(answers) -> str:
     return columns(("study", "status", "answer", f"P({answers[0].classes[-1]})" if answers and answers[0].classes else "P", "reasons and warnings"), rows) + \
         f"\n\nmodel {', '.join(sorted(models))}; {RESEARCH_USE}"
 
-# %% ../nbs/foundations/cli.ipynb #05e63047
+# %% ../nbs/foundations/cli.ipynb #0750a9b1
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7, as_json: AsJson = False):
     """Make a patient, read the scans, answer, refuse, write a report. Offline, under a minute."""
@@ -319,9 +358,11 @@ def doctor(as_json: AsJson = False):
     lines = [f"medimg {facts['version']}, Python {facts['python']}, {facts['platform']}\n\n" + columns(("part", "state", "what to do"), [(p["part"], p["state"], p["remedy"] or "-") for p in facts["parts"]])]
     lines.append("\nprocessor: " + facts["cpu"] + "; " + ", ".join(facts["cpu_flags"]))
     lines.append("data folders: " + (", ".join(facts["data_dirs"]) or "none; set MEDIMG_DATA to a folder with data sets"))
+    lines += [f"MEDIMG_DATA names a folder that does not exist: {d}" for d in facts["data_dirs_missing"]]
+    lines += [f"  {name}: {where}" for name, where in facts["datasets"].items()]
     _say(facts, "\n".join(lines), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #d049baf5
+# %% ../nbs/foundations/cli.ipynb #bb6b239c
 _PARTS = (("onnxruntime", "predict with bundles", None), ("gdcm", "more DICOM codecs", None), ("tensorflow", "train", "train"), ("matplotlib", "figures", "course"),
           ("jupyterlab", "the chapters", "course"), ("SimpleITK", "exchange with ITK", "course"), ("libjpeg", "JPEG lossless through libjpeg (GPL)", "codecs-gpl"),
           ("pynetdicom", "talk to a PACS", "dicomnet"), ("fastapi", "the service", "serve"), ("weasyprint", "PDF reports", "pdf"), ("ray", "many machines", "ray"))
@@ -333,19 +374,23 @@ def diagnose() -> dict:
     Returns
     -------
     dict
-        `version`, `python`, `platform`, `cpu`, `cpu_flags`, `data_dirs`, `parts` (each with part, state, remedy).
+        `version`, `python`, `platform`, `cpu`, `cpu_flags`, `data_dirs`, `data_dirs_missing` (named in MEDIMG_DATA),
+        `datasets` (name → where it is), `parts` (each with part, state, remedy).
 
     Examples
     --------
     >>> diagnose()["python"].count(".")
     2
     """
+    import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
     import medimg
     from medimg.config import data_dirs
+    from medimg.data.datasets import REGISTRY
+    named = [Path(d).expanduser() for d in os.environ.get("MEDIMG_DATA", "").split(os.pathsep) if d]
     parts = []
     for module, purpose, extra in _PARTS:
         try:
@@ -355,7 +400,8 @@ def diagnose() -> dict:
         parts.append({"part": f"{module} ({purpose})", "state": state, "remedy": f'pip install "medimg[{extra}]"' if state == "missing" and extra else None})
     cpu, flags = _cpu()
     return {"version": medimg.__version__, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cpu_flags": flags,
-            "data_dirs": [str(d) for d in data_dirs()], "parts": parts}
+            "data_dirs": [str(d) for d in data_dirs()], "data_dirs_missing": [str(d) for d in named if not d.is_dir()],
+            "datasets": {info.name: _where(info) for info in REGISTRY.values()}, "parts": parts}
 
 
 def _cpu():

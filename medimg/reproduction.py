@@ -51,7 +51,7 @@ def _lies(value, low, high, slack=0.0):
         return value is low
     return low - slack <= value <= high + slack
 
-# %% ../nbs/foundations/reproduction.ipynb #07f26501
+# %% ../nbs/foundations/reproduction.ipynb #e5204344
 def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real", seed: int | None = None, n: int | None = None, update: bool = False,
               progress: bool = True, log=None) -> dict:
     """Train, evaluate and pack the recipe `name`, and compare with the shipped result.
@@ -113,7 +113,7 @@ def _dataset(r, data, profile, n, progress):
     from medimg.api import _load, _most, _remedy
     from medimg.config import profile_of
     from medimg.data.datasets import dataset_info
-    data = data if dataset_info(r.dataset).url else "auto"
+    data = {"auto": "real"}.get(data, data) if dataset_info(r.dataset).url else "auto"
     dataset = _load(r.dataset, data, n or _most(r.n, profile_of(profile).images), quiet=not progress)
     if dataset.name != r.dataset:
         raise DatasetError(f"{r.name} is made from {r.dataset}, and {dataset.name} is another data set", remedy=f"{_remedy(r.dataset)}; then reproduce with data real")

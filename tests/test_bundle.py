@@ -260,7 +260,31 @@ def test_check_manifest():
             check_manifest(example_manifest(**change))
     assert decode(encode(example_manifest())) == example_manifest()
     text = model_card(example_manifest(metrics={"auc": {"value": 0.9, "low": 0.8, "high": 1.0}, "n": 3, "note": "x"}))
-    assert "0.900 [0.800, 1.000]" in text and "| n | 3.000 |" in text
+    assert "0.900 [0.800, 1.000]" in text and "| n | 3 |" in text
+
+
+def test_model_card_says_what_is_undefined_and_how_far_to_trust_it():
+    hole = {"value": None, "low": None, "high": None, "n": 9}
+    metrics = {"split": "test", "interval": "image-level: no patient ids, so too narrow", "n": 624, "auc": hole, "f1": {**hole, "value": 0.5}, "share": 0.25}
+    text = model_card(example_manifest(metrics=metrics, training={**example_manifest()["training"], "run": "run.json"}))
+    assert "| n | 624 |" in text and "| auc | not defined |" in text and "| f1 | 0.500 [not defined, not defined] |" in text and "| share | 0.250 |" in text
+    assert text.index("too narrow") < text.index("| metric |") and "Split: test." in text
+    assert "random pictures; age: not stated; sex: any; source: computed." in text
+    assert "probability ≥ 0.500 (chosen on validation images and augmented copies of them)" in text
+    assert "augmented" not in model_card(example_manifest()) and "the most probable class." in model_card(example_manifest(thresholds={}))
+
+
+def test_damaged_deflate_in_a_reference_is_a_plain_error():
+    import io
+    import zipfile
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("mean", "precision", "validation", "facts"):
+            archive.writestr(f"{name}.npy", bytes(1000))
+    raw = bytearray(data.getvalue())
+    raw[30 + len("mean.npy"):30 + len("mean.npy") + 4] = b"\xff" * 4          # behind the local header: the deflate stream itself
+    with pytest.raises(BundleError, match="not a reference"):
+        read_reference(bytes(raw))
 
 
 def test_temperature_is_the_minimum():

@@ -1,5 +1,6 @@
 """Answers, refusals and errors: each for its own reason, in words, and none of them stops the others."""
 import json
+import zlib
 from dataclasses import replace
 
 import cv2
@@ -40,6 +41,14 @@ def bundle(tmp_path_factory):
     return build_bundle(tmp_path_factory.mktemp("b") / "toy", model=toy_network(), preprocessor=pre, training_ids=[],
                         calibration=fit_temperature(out["logits"][200:], labels[200:], task="binary"),
                         reference=fit_reference(out["features"][:200], out["features"][200:]), **facts)
+
+
+def build_at(bundle, thresholds):
+    """The bundle with other thresholds, in memory only."""
+    import copy
+    other = copy.copy(bundle)
+    other.manifest = {**bundle.manifest, "thresholds": thresholds}
+    return other
 
 
 GOOD = {"modality": "DX", "body_part": "CHEST", "view": "AP", "patient_age_years": 3.0, "patient_sex": "F"}
@@ -127,7 +136,7 @@ def test_formats_agree(bundle, tmp_path):
     np.save(tmp_path / "a.npy", picture)
     np.save(tmp_path / "f.npy", picture.astype("float64"))
     Volume(picture[None]).to_nifti(tmp_path / "a.nii.gz")
-    records = {p.source: p for p in predict(bundle, tmp_path, progress=False)}
+    records = {p.source.removeprefix(f"{tmp_path.name}/"): p for p in predict(bundle, tmp_path, progress=False)}
     assert len(records) == 6
     for name in ("a.png", "rgb.png", "alpha.png", "a.npy", "f.npy"):
         assert records[name].input_sha256 == records["a.png"].input_sha256, name
@@ -169,7 +178,7 @@ def test_one_bad_file_does_not_stop_the_rest(bundle, tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "unit.npy", pictures(1)[0][0] / 255)
-    records = {p.source: p for p in predict(bundle, tmp_path, progress=False)}
+    records = {p.source.removeprefix(f"{tmp_path.name}/"): p for p in predict(bundle, tmp_path, progress=False)}
     status = {k: v.status for k, v in records.items()}
     assert status == {"good.png": "answered", "cut.png": "error", "small.png": "error", "empty.jpg": "error", "object.npy": "error", "unit.npy": "refused"}
     assert "0 to 255 are expected" in " ".join(records["unit.npy"].reasons) and exit_code(list(records.values())) == 2
@@ -249,7 +258,91 @@ def test_find_studies_orders_and_names(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.png", "a.png", "sub/c.png"):
         (tmp_path / name).write_bytes(png_bytes(pictures(1)[0][0]))
-    assert [name for name, _ in find_studies(tmp_path)] == ["a.png", "b.png", "c.png"]
+    top = tmp_path.name
+    assert [name for name, _ in find_studies(tmp_path)] == [f"{top}/a.png", f"{top}/b.png", f"{top}/sub/c.png"]
+
+
+def test_sources_tell_files_apart(tmp_path, monkeypatch):
+    for name in ("a/img.png", "b/img.png", "a/x/1.png", "b/x/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png_bytes(pictures(1)[0][0]))
+    names = lambda *paths: [name for name, _ in find_studies([*paths])]
+    monkeypatch.chdir(tmp_path)
+    assert names("a/img.png") == names(tmp_path / "a/img.png") == ["img.png"]
+    assert names("a/img.png", "b/img.png", "c/no.png") == ["a/img.png", "b/img.png", "no.png"]
+    assert names("a", "b") == ["a/img.png", "a/x/1.png", "b/img.png", "b/x/1.png"] and names("a/x", "b/x") == ["a/x/1.png", "b/x/1.png"]
+    assert names("a/img.png", "a/img.png") == ["img.png"] * 2 and names(".")[0] == f"{tmp_path.name}/a/img.png"
+    assert all(load().source == name for name, load in find_studies(["a", "b/img.png"]))
+
+
+def test_sources_of_dicom(bundle, tmp_path):
+    import zipfile
+
+    from pydicom.data import get_testdata_file
+
+    from medimg.data.phantom import thorax_phantom
+    from medimg.data.phantom_dicom import write_ct
+    ct = tmp_path / "study" / "ct"
+    files = write_ct(thorax_phantom(1, shape=(24, 56, 56), spacing_mm=(12, 6.4, 6.4), nodules=1).volume, ct, seed=1)
+    (tmp_path / "study" / "one.dcm").write_bytes(open(get_testdata_file("CT_small.dcm"), "rb").read())
+    (tmp_path / "study" / "bad.dcm").write_bytes(b"no DICOM" * 40)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "study" / "one.dcm", "/deep/one.dcm")
+        archive.writestr("README.txt", "hello")
+        for file in files:
+            archive.write(file, f"ct/{file.name}")
+    records = predict(bundle, [tmp_path / "study", tmp_path / "all.zip"], progress=False)
+    assert sorted(p.source for p in records) == ["all.zip!ct", "all.zip!deep/one.dcm", "study/bad.dcm", "study/ct", "study/one.dcm"]
+    assert str(tmp_path) not in "".join(p.to_json() for p in records)
+    bad = [tmp_path / "study" / "bad.dcm", tmp_path / "note.txt"]
+    bad[1].write_bytes(b"hello")
+    assert sorted(name for name, _ in find_studies([*bad, tmp_path / "study" / "one.dcm"])) == ["bad.dcm", "note.txt", "one.dcm"]
+    (tmp_path / "hollow.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 40)          # a marker and nothing behind it
+    assert [name for name, _ in find_studies([tmp_path / "hollow.dcm"])] == ["hollow.dcm"]
+    assert sorted(name for name, _ in find_studies(bad)) == ["bad.dcm", "note.txt"]
+
+
+@pytest.mark.parametrize("fault", [zlib.error("x"), MemoryError(), ValueError("x"), RecursionError(), KeyError("x")])
+def test_any_fault_of_a_reader_is_one_error(bundle, tmp_path, monkeypatch, fault):
+    from medimg.deployment import intake
+    (tmp_path / "good.png").write_bytes(png_bytes(pictures(2, seed=5)[0][1]))
+    (tmp_path / "bad.npy").write_bytes(b"x")
+    (tmp_path / "bad.dcm").write_bytes(b"x")
+
+    def broken(*_, **__):
+        raise fault
+    monkeypatch.setitem(intake._LOADERS, "array", broken)
+    monkeypatch.setattr("medimg.data.dicom.scan", broken)
+    records = {p.source: p for p in predict(bundle, [tmp_path / n for n in ("good.png", "bad.npy", "bad.dcm")], progress=False)}
+    assert records["good.png"].status == "answered"
+    for name in ("bad.npy", "bad.dcm"):
+        assert records[name].error["what"] == f"cannot be read ({type(fault).__name__})"
+
+
+def test_odd_nifti(bundle, tmp_path):
+    import nibabel as nib
+    rng = np.random.default_rng(0)
+    flat = rng.random((32, 32, 1)).astype("float32")
+    rgb = np.zeros((32, 32, 1), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    odd = {"nan": np.where(flat > 0.5, np.nan, flat), "inf": np.where(flat > 0.5, np.inf, flat), "complex": flat.astype("complex64"),
+           "rgb": rgb, "four": rng.random((32, 32, 1, 5)).astype("float32"), "empty": np.zeros((0, 4, 1), "float32")}
+    for name, array in odd.items():
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii")
+    nib.save(nib.Nifti1Image(flat, np.eye(4)), tmp_path / "cut.nii.gz")
+    whole = (tmp_path / "cut.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[:400] + b"\xff" * 40 + whole[440:-200])
+    (tmp_path / "good.png").write_bytes(png_bytes(pictures(2, seed=5)[0][1]))
+    records = {p.source.removeprefix(f"{tmp_path.name}/"): p for p in predict(bundle, tmp_path, progress=False)}
+    assert records.pop("good.png").status == "answered" and len(records) == 7
+    assert {name: p.status for name, p in records.items()} == dict.fromkeys(records, "error")
+    assert "four axes" in records["four.nii"].error["what"]
+
+
+def test_threshold_zero_is_a_threshold(bundle):
+    never, always = (build_at(bundle, {"bright": cut}) for cut in (1.0, 0.0))
+    assert answer(never, study()).label == "dark"
+    p = answer(always, study())
+    assert p.label == "bright" and p.threshold == {"bright": 0.0}
 
 
 @pytest.mark.parametrize("name", ["pneumonia", "phantom-cxr"])

@@ -6,7 +6,7 @@
 __all__ = ['MAX_IMAGE_BYTES', 'MAX_DEFLATED_BYTES', 'read_header', 'apply_modality_lut', 'read_pixels', 'apply_voi', 'Finding',
            'Geometry', 'stack_geometry', 'Series', 'SeriesTable', 'scan', 'unzip', 'read']
 
-# %% ../../nbs/data/02_dicom.ipynb #cc89a06b
+# %% ../../nbs/data/02_dicom.ipynb #e1e1d3bc
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .volume import Volume, make_affine
-from ..errors import DicomError, GeometryError, MedimgError, NotDicom, UnsupportedTransferSyntax
+from ..errors import DicomError, GeometryError, MedimgError, NotDicom, UnsupportedTransferSyntax, printable
 
 #: Largest decoded image accepted, in bytes; larger claims in a header are refused before memory is asked for.
 MAX_IMAGE_BYTES = 4 << 30
@@ -413,7 +413,7 @@ class Series:
                 "shape": self.shape and list(self.shape), "spacing_mm": self.spacing_mm and list(self.spacing_mm),
                 "findings": [vars(f) for f in self.findings], "references": list(self.references)}
 
-# %% ../../nbs/data/02_dicom.ipynb #39ae68c8
+# %% ../../nbs/data/02_dicom.ipynb #dcb0ed51
 class SeriesTable(list):
     """List of `Series`; prints as a table. `skipped` holds (path, reason) of the files that could not be used.
 
@@ -440,7 +440,7 @@ class SeriesTable(list):
     def __repr__(self):
         head = ("#", "modality", "description", "files", "shape (z, y, x)", "spacing mm", "findings")
         cells = [head, *((f"#{k}", *row) for k, row in enumerate(self.rows(), 1))]
-        cells = [[*(c[:40] for c in row[:-1]), row[-1]] for row in cells]
+        cells = [[*(printable(c)[:40] for c in row[:-1]), printable(row[-1])] for row in cells]
         widths = [max(len(r[k]) for r in cells) for k in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
@@ -534,7 +534,7 @@ def _files(path):
         else:
             raise DicomError("no such file or folder", path=p, remedy="check the path")
 
-# %% ../../nbs/data/02_dicom.ipynb #4e26d105
+# %% ../../nbs/data/02_dicom.ipynb #0cf842a6
 def _group_key(header):
     orientation = tuple(np.round([float(v) for v in header.get("ImageOrientationPatient") or ()], 3))
     kind = "LOCALIZER" if "LOCALIZER" in (header.get("ImageType") or ()) else ""
@@ -574,7 +574,7 @@ def _describe(group):
     return Series(files=files, shape=(len(files), *size), spacing_mm=(step, *_spacing(header)[0]),
                   findings=tuple(findings), geometry=geometry, **facts)
 
-
+# %% ../../nbs/data/02_dicom.ipynb #44ab3bc3
 def _header_findings(header):
     """What the header leaves out or asks for that this reader does not do."""
     findings = [] if _spacing(header)[1] else [Finding("no-spacing", "warning", "the file gives no pixel spacing; 1 mm stands in")]

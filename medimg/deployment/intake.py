@@ -6,10 +6,12 @@
 __all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'PICTURES', 'OTHERS', 'Study', 'picture_size', 'decode_picture', 'check_range',
            'study_of', 'find_studies']
 
-# %% ../../nbs/deployment/03b_intake.ipynb #d7f7bce4
+# %% ../../nbs/deployment/03b_intake.ipynb #9206a9d7
 import hashlib
 import os
-from dataclasses import dataclass, field
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ class Study:
     Parameters
     ----------
     source : str
-        File name without its path.
+        What the picture is called in the record: see `find_studies`.
     image : array (y, x) or (y, x, 3), uint8
         Display grey values 0 … 255, larger is brighter.
     facts : dict
@@ -179,7 +181,7 @@ def _load_npy(path):
         raise DatasetError(f"{array.shape[2]} channels", path=path, remedy="save one picture (y, x) or (y, x, 3)")
     return Study(path.name, np.clip(np.rint(array), 0, 255).astype(np.uint8), reasons=check_range(array))
 
-# %% ../../nbs/deployment/03b_intake.ipynb #48a03dd6
+# %% ../../nbs/deployment/03b_intake.ipynb #09c662cb
 _FLAT = {"DX", "CR", "MG", "PX", "IO", "RG", "XC", "OP", "ES", "GM", "SM"}      # modalities in which each file is a picture of its own
 
 
@@ -221,7 +223,11 @@ def study_of(volume, source: str) -> Study:
 
 def _load_nifti(path):
     from medimg.data.volume import Volume
-    return study_of(Volume.from_nifti(path), path.name)
+    volume = Volume.from_nifti(path)
+    if volume.array.ndim == 4:
+        raise DatasetError(f"a NIfTI image with four axes {volume.shape}: a series in time or in channels, not a picture", path=path,
+                           remedy="save one picture (x, y, 1)")
+    return study_of(volume, path.name)
 
 
 def _load_picture(path):
@@ -231,7 +237,59 @@ def _load_picture(path):
         raise DatasetError(error.what, path=path, remedy=error.remedy) from error
     return Study(path.name, image, warnings=warnings)
 
-# %% ../../nbs/deployment/03b_intake.ipynb #2970d63c
+# %% ../../nbs/deployment/03b_intake.ipynb #be1c9a7c
+def _labels(paths):
+    """The shortest end of each path that tells it apart: `img.png`, or `a/img.png` and `b/img.png`; by absolute path."""
+    parts = {path: Path(path).parts[1:] for path in map(os.path.abspath, paths)}
+    depth = dict.fromkeys(parts, 1)
+    while True:
+        ends = {path: "/".join(parts[path][-depth[path]:]) for path in parts}
+        count = Counter(ends.values())
+        short = [path for path in parts if count[ends[path]] > 1 and depth[path] < len(parts[path])]
+        if not short:
+            return ends
+        depth.update({path: depth[path] + 1 for path in short})
+
+
+def _members(archive):
+    """The names inside a zip archive by the number that `unzip` gives each; empty when they cannot be had."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            names = [m.filename for m in members.infolist() if not m.is_dir()]
+    except Exception:                          # `scan` says what is wrong with it
+        return {}
+    return {f"{i:06d}.dcm": tuple("".join(c if c.isprintable() else "?" for c in name).strip("/").split("/")) for i, name in enumerate(names)}
+
+# %% ../../nbs/deployment/03b_intake.ipynb #1a1dc4d2
+def _places(argument, labels):
+    """A function from a file found in `argument` to (label of the argument, names of the file inside it)."""
+    label = labels[os.path.abspath(argument)]
+    if argument.is_dir():
+        return lambda file: (f"{label}/", Path(os.path.relpath(file, argument)).parts)
+    if argument.suffix.lower() == ".zip":
+        members = _members(argument)
+        return lambda file: (f"{label}!", members.get(Path(file).name, ()))
+    return lambda file: (labels[os.path.abspath(file)], ())
+
+
+def _source(place, file, *, folder=False):
+    label, inside = place(file)
+    inside = inside[:-1] if folder else inside
+    return label + "/".join(inside) if inside else label.rstrip("/!")
+
+
+def _job(source, function, *args):
+    """(source, load): `load()` gives the study under that name, or a MedimgError whatever went wrong."""
+    def load():
+        try:
+            return replace(function(*args), source=source)
+        except MedimgError:
+            raise
+        except Exception as error:             # a damaged file can make a decoder fail in any way
+            raise DatasetError(f"cannot be read ({type(error).__name__})", path=source, remedy="copy or export the file again") from error
+    return source, load
+
+# %% ../../nbs/deployment/03b_intake.ipynb #65030de2
 def _load_series(series):
     """A stack: its middle file is read alone, for the answer will be a refusal."""
     from medimg.data.dicom import read
@@ -247,31 +305,31 @@ def _load_file(file):
     return study_of(read([file]), Path(file).name)
 
 
-def _later(function, *args):
-    return lambda: function(*args)
-
-
 def _raise(error):
     raise error
 
 
-def _dicom_jobs(paths):
+def _dicom_jobs(group, labels):
     from medimg.data.dicom import scan
+    place = _places(group[0], labels)
     try:
-        table = scan(paths, progress=False)
-    except MedimgError as error:
-        yield Path(error.path or str(paths[0])).name, _later(_raise, error)
+        table = scan(group if len(group) > 1 else group[0], progress=False)
+    except Exception as error:                 # told by the job, so that the other files are still answered
+        yield from (_job(labels[os.path.abspath(path)], _raise, error) for path in group)
         return
     for series in table.images:
         if series.modality in _FLAT or len(series.files) == 1:
-            yield from ((Path(f).name, _later(_load_file, f)) for f in series.files)
+            yield from (_job(_source(place, f), _load_file, f) for f in series.files)
         else:
-            yield Path(series.files[0]).parent.name, _later(_load_series, series)
-    for file, why in table.skipped:
-        if Path(file).suffix.lower() in (".dcm", ".ima", "") and Path(file).name.upper() != "DICOMDIR":
-            yield Path(file).name, _later(_raise, DatasetError(why, path=file, remedy="copy the file again"))
+            yield _job(_source(place, series.files[0], folder=True), _load_series, series)
+    blind = [(f, "holds no picture") for s in table if s not in table.images for f in s.files if not s.modality or not place(f)[1]]
+    for file, why in (*blind, *table.skipped):
+        _, inside = place(file)
+        name = Path(inside[-1] if inside else file)
+        if (not inside or name.suffix.lower() in (".dcm", ".ima", "")) and name.name.upper() != "DICOMDIR":
+            yield _job(_source(place, file), _raise, DatasetError(why, path=_source(place, file), remedy="copy the file again"))
 
-# %% ../../nbs/deployment/03b_intake.ipynb #9baa5e7b
+# %% ../../nbs/deployment/03b_intake.ipynb #44625878
 def _kind(path):
     name = path.name.lower()
     return next((k for k, endings in (("picture", PICTURES), ("array", (".npy",)), ("nifti", (".nii", ".nii.gz"))) if name.endswith(endings)), "dicom")
@@ -281,7 +339,10 @@ _LOADERS = {"picture": _load_picture, "array": _load_npy, "nifti": _load_nifti}
 
 
 def find_studies(paths) -> list:
-    """What is to be answered: a list of (name, load) where `load()` gives the `Study` or raises.
+    """What is to be answered: a list of (source, load) where `load()` gives the `Study` or raises a MedimgError.
+
+    The source lets an answer be matched to its file. It starts with the last part of what was named (`img.png`; more of the path where two would be
+    called the same) and goes on inside: `a/img.png` in the folder `a`, `study/ct` for a stack of slices, `x.zip!d/1.dcm` in an archive.
 
     Parameters
     ----------
@@ -307,19 +368,20 @@ def find_studies(paths) -> list:
     paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not paths:
         raise ConfigError("no files were named", remedy="name a file, a folder or a zip archive")
-    jobs, dicom = [], []
+    jobs, dicom, labels = [], [], _labels(paths)
     for path in paths:
-        if not path.exists():
-            jobs.append((path.name, _later(_raise, DatasetError("there is no such file or folder", path=path))))
+        if not os.path.exists(path):
+            jobs.append(_job(labels[os.path.abspath(path)], _raise, DatasetError("there is no such file or folder", path=path)))
             continue
-        inside = sorted(f for f in path.rglob("*") if f.is_file() and _kind(f) != "dicom") if path.is_dir() else []
-        jobs += [(f.name, _later(_load_checked, f)) for f in inside or ([path] if path.is_file() and _kind(path) != "dicom" else [])]
-        if path.is_dir() and (not inside or any(f.is_file() and _kind(f) == "dicom" for f in path.rglob("*"))) or (path.is_file() and _kind(path) == "dicom"):
+        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        pictures, place = [f for f in found if _kind(f) != "dicom"], _places(path, labels)
+        jobs += [_job(_source(place, f), _load_checked, f) for f in pictures]
+        if len(pictures) < len(found) or not found:
             dicom.append(path)
     folders = [[p] for p in dicom if p.is_dir() or p.suffix.lower() == ".zip"]
     files = [p for p in dicom if p.is_file() and p.suffix.lower() != ".zip"]
     for group in [*folders, *([files] if files else [])]:
-        jobs += list(_dicom_jobs(group if len(group) > 1 else group[0]))
+        jobs += list(_dicom_jobs(group, labels))
     return jobs
 
 

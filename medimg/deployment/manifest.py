@@ -272,7 +272,7 @@ def example_manifest(**changes) -> dict:
             "licence": {"code": "Apache-2.0", "data": "none needed", "citation": "none"}, "files": {}, "research_use": RESEARCH_USE,
             **changes})
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #0907d088
+# %% ../../nbs/deployment/01a_manifest.ipynb #3bfb9d23
 def model_card(manifest: dict, *, notes: str = "") -> str:
     """A page of Markdown made from the facts of a manifest (after Mitchell et al., Model Cards for Model Reporting, 2019).
 
@@ -293,12 +293,14 @@ def model_card(manifest: dict, *, notes: str = "") -> str:
     # example 1.0
     """
     m, box, who = manifest, manifest["input"], manifest["population"]
-    cuts = "; ".join(f"{k}: probability ≥ {v:.3f}" for k, v in m["thresholds"].items()) or "the most probable class"
+    chosen = " and augmented copies of them" if m["training"]["run"] else ""
+    cuts = "; ".join(f"{k}: probability ≥ {v:.3f}" for k, v in m["thresholds"].items())
+    cuts = f"{cuts} (chosen on validation images{chosen})" if cuts else "the most probable class"
     lines = [f"# {m['name']} {m['version']}", f"> {m['research_use'].capitalize()}.", "## What it does",
-             f"Task: {m['task']}. Classes: {', '.join(m['classes'])}. Answer: {cuts} (chosen on validation images).", "## What it takes",
+             f"Task: {m['task']}. Classes: {', '.join(m['classes'])}. Answer: {cuts}.", "## What it takes",
              f"{_listed(box['modality'])}; body part: {box['body_part'] or 'any'}; view: {_listed(box['view'])}; {box['units']} {_span(box['range'])}; "
              f"network input {' × '.join(map(str, box['shape']))} (y, x, channels).", "## Whom it was trained on",
-             f"{who['description']} Age: {_span(who['age_years'], ' years')}. Sex: {who['sex'] or 'unknown'}. Source: {who['source']}.",
+             f"{who['description'].rstrip(' .;')}; age: {_span(who['age_years'], ' years')}; sex: {who['sex'] or 'unknown'}; source: {who['source']}.",
              "## How well", _metric_table(m["metrics"]), "## What not to do", _LIMITS, *([notes] if notes else []), "## Made from",
              f"Data set {m['training']['dataset']} (checksum {m['training']['checksum'] or 'unknown'}), seed {m['training']['seed']}, run "
              f"{m['training']['run'] or 'unknown'}, commit {m['training']['commit'] or 'unknown'}.", "## Rights",
@@ -320,10 +322,19 @@ def _span(pair, unit=""):
 
 def _metric_table(metrics):
     rows = [f"| {name} | {_number(e)} |" for name, e in metrics.items() if isinstance(e, (int, float, Mapping)) and _number(e)]
-    return "\n".join(["| metric | value [95 % interval] |", "|---|---|", *rows]) if rows else "Not measured."
+    if not rows:
+        return "Not measured."
+    about = [f"{key.capitalize()}: {metrics[key]}." for key in ("split", "interval") if isinstance(metrics.get(key), str)]
+    return "\n".join([*([" ".join(about), ""] if about else []), "| metric | value [95 % interval] |", "|---|---|", *rows])
 
 
 def _number(e):
-    if isinstance(e, Mapping):
-        return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" if {"value", "low", "high"} <= set(e) else ""
-    return f"{e:.3f}"
+    if not isinstance(e, Mapping):
+        return str(e) if isinstance(e, int) else _decimal(e)
+    if not {"value", "low", "high"} <= set(e):
+        return ""
+    return "not defined" if e["value"] is None else f"{_decimal(e['value'])} [{_decimal(e['low'])}, {_decimal(e['high'])}]"
+
+
+def _decimal(x):
+    return "not defined" if x is None else f"{x:.3f}"

@@ -263,7 +263,7 @@ def _record(bundle, study, status, *, warnings, started, **fields):
                       warnings=(*warnings, *bundle.warnings), picture=study.image, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       duration_ms=round(1000 * (time.perf_counter() - started), 3), **fields)
 
-# %% ../../nbs/deployment/03_predict.ipynb #b4e27799
+# %% ../../nbs/deployment/03_predict.ipynb #e9d65fba
 def predict(bundle, paths, *, progress: bool = True) -> list:
     """Records for all studies found in files, folders or archives.
 
@@ -279,7 +279,7 @@ def predict(bundle, paths, *, progress: bool = True) -> list:
     Returns
     -------
     list of Prediction
-        In the order found; `exit_code` says whether all went well.
+        In the order found, each with its `source` (see `find_studies`); `exit_code` says whether all went well.
 
     Raises
     ------

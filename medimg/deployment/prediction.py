@@ -65,7 +65,7 @@ class Finding:
     lobe: str | None = None
     note: str = ""
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #148b0af7
+# %% ../../nbs/deployment/03a_prediction.ipynb #df483cd4
 @dataclass(frozen=True)
 class Prediction:
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
@@ -75,7 +75,7 @@ class Prediction:
     status : {"answered", "refused", "error"}
         Whether there is an answer.
     source : str
-        File or folder name, without its path.
+        Which file: relative to the parent of what was named (`a/img.png`, `study/ct`, `x.zip!d/1.dcm`), never an absolute path.
     task : str, optional
         binary, multiclass, multilabel or ordinal.
     classes : tuple of str, optional
@@ -157,7 +157,7 @@ def _summary(p):
     sure = f", P({p.label}) = {p.probability[p.label]:.2f}" if p.label and p.probability else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{'; ' + p.reasons[0] if p.reasons else ''}"
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #205c52e8
+# %% ../../nbs/deployment/03a_prediction.ipynb #212ae872
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 _P = {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}}
 _STRS = {"type": "array", "items": {"type": "string"}}
@@ -177,6 +177,9 @@ _FINDING = _row({**{f.name: _NUM for f in fields(Finding)}, "label": {"type": "s
 _STUDY = _row({**dict.fromkeys(STUDY_FIELDS, _STR), "patient_age_years": _NUM, "shape": _list_of("integer")}, null=True)
 
 
+_SOURCE = "file, folder of a series or archive!member, relative to the parent of what the user named"
+
+
 def prediction_schema() -> dict:
     """The JSON Schema (draft 2020-12) of a prediction, version 1.
 
@@ -191,7 +194,7 @@ def prediction_schema() -> dict:
     """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "medimg prediction, version 1", **_row({
         "schema_version": {"const": PREDICTION_VERSION}, "research_use": {"const": RESEARCH_USE},
-        "status": {"enum": ["answered", "refused", "error"]}, "source": {"type": "string"}, "task": _STR, "classes": _list_of("string"),
+        "status": {"enum": ["answered", "refused", "error"]}, "source": {"type": "string", "description": _SOURCE}, "task": _STR, "classes": _list_of("string"),
         "label": _STR, "score": {"type": ["object", "null"], "additionalProperties": {"type": "number"}}, "probability": _P, "threshold": _P,
         "prediction_set": _list_of("string"), "uncertainty": _row({"entropy_bits": {"type": "number"}, "note": {"type": "string"}}, null=True),
         "ood": _row({"method": _STR, "score": {"type": "number"}, "threshold": {"type": "number"}}, null=True),

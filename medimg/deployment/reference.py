@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['probabilities', 'log_loss', 'fit_temperature', 'shrunk_covariance', 'Reference', 'fit_reference', 'read_reference']
 
-# %% ../../nbs/deployment/01b_reference.ipynb #9e6b9186
+# %% ../../nbs/deployment/01b_reference.ipynb #c2be1be1
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -262,7 +263,7 @@ def fit_reference(train, validation, *, quantile: float = 0.995) -> Reference:
     return Reference(home.mean, home.precision, float(np.quantile(scores, quantile)), quantile, len(train),
                      np.percentile(scores, np.arange(101)).astype("float32"))
 
-# %% ../../nbs/deployment/01b_reference.ipynb #e674025d
+# %% ../../nbs/deployment/01b_reference.ipynb #9d7cf839
 _MAX_FEATURES = 4096
 
 
@@ -288,7 +289,7 @@ def read_reference(data: bytes) -> Reference:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             arrays = {name: _read_array(archive, f"{name}.npy") for name in ("mean", "precision", "validation", "facts")}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise BundleError(f"not a reference ({str(error)[:80]})", path="monitoring_reference.npz") from error
     d = len(arrays["mean"])
     shapes = {name: value.shape for name, value in arrays.items()}

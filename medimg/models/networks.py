@@ -129,7 +129,7 @@ def _checked_logits(logits, task):
                           remedy="look for NaN in the input images or for diverged weights")
     return a
 
-# %% ../../nbs/models/03_networks.ipynb #a7f80216
+# %% ../../nbs/models/03_networks.ipynb #76aec211
 def _keras():
     """Keras on TensorFlow, loaded at the first call only."""
     import os
@@ -162,7 +162,7 @@ def _hushed():
         os.close(kept)
         os.close(nowhere)
 
-
+# %% ../../nbs/models/03_networks.ipynb #de024c49
 def _input(shape, *, rank, least, name):
     """The input layer, or a ConfigError when `shape` (without the batch axis) is not one that the network `name` can take."""
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)

@@ -509,12 +509,18 @@ def _dataset_facts(run):
     counts = {"n_train": len(run.train), "n_val": len(run.val)}
     return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | counts
 
-# %% ../../nbs/training/02_trainer.ipynb #d57f84d4
+# %% ../../nbs/training/02_trainer.ipynb #168cc999
+def _in_notebook():
+    """Whether this code runs in a notebook's kernel (and not only in a program that has loaded one)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 class _Reporter:
     """Live progress: a rich bar in a terminal, one line an epoch in a notebook or a log, nothing when not wanted."""
 
     def __init__(self, run, wanted):
-        self.run, self.notebook = run, "ipykernel" in sys.modules
+        self.run, self.notebook = run, _in_notebook()
         self.wanted, self.bar, self.shown = wanted, None, ""
         if wanted and not self.notebook and sys.stderr.isatty():
             from rich.console import Console
