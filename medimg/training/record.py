@@ -166,7 +166,7 @@ def _machine():
     found["cpu"] = about.get("model name", found["cpu"])
     return found | {"architecture": platform.machine(), "cores": cores, "system": platform.system()}
 
-# %% ../../nbs/training/02a_record.ipynb #1d2287df
+# %% ../../nbs/training/02a_record.ipynb #3c259cab
 def _root():
     """Root of the working copy this package runs from, or None for an installed wheel."""
     root = Path(__file__).resolve().parents[2]
@@ -185,7 +185,7 @@ def _git(*words):
 def _code_commit():
     if _root() is None or not (commit := _git("rev-parse", "HEAD")):
         return None
-    return commit + ("+changes" if _git("status", "--porcelain", "--", "medimg", "nbs") else "")
+    return commit + ("+changes" if _git("status", "--porcelain", "--", "medimg", "nbs", ":(exclude)medimg/bundles") else "")
 
 
 def _lock_sha256():
