@@ -63,7 +63,7 @@ def test_the_page_does_not_promise_what_file_names_may_break():
 
 def volume():
     rng = np.random.default_rng(0)
-    return Volume(rng.integers(-1000, 500, (20, 30, 30)).astype("int16"), modality="CT", units="HU", meta={"description": "thorax", "patient_id": "SECRET"})
+    return Volume(rng.integers(-1000, 500, (20, 30, 30)).astype("int16"), modality="CT", units="HU", meta={"description": "thorax", "patient_id": "SECRET", "findings": []})
 
 
 def test_page(tmp_path):
@@ -183,3 +183,19 @@ def test_in_a_browser(tmp_path):
             page.locator(".toggle").first.uncheck()
             assert page.locator(".marks").first.evaluate("e => getComputedStyle(e).visibility") == "hidden"
         browser.close()
+
+
+def test_a_gap_is_never_called_good():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Found:
+        severity: str
+        text: str
+    flat = np.zeros((3, 8, 8), "int16")
+    noted = Volume(flat, modality="CT", units="HU", meta={"findings": [{"code": "missing", "severity": "error", "text": "1 slice missing"}]})
+    for v, wanted in ((noted, [("error", "1 slice missing")]), (Volume(flat, slice_positions_mm=[0, 1, 3]), [("error", "The slices are not evenly spaced.")]),
+                      (Volume(flat), [("info", "The slices' places were not checked.")]),
+                      (Volume(flat, meta={"findings": []}), [("good", "No gaps, duplicates or mixed slices were found.")])):
+        assert list(volume_section(v).findings) == wanted
+    assert list(volume_section(noted, findings=[Found("warning", "tilted")]).findings) == [("warning", "tilted")]

@@ -225,7 +225,17 @@ def hu_histogram(values, *, low: float = -1100, high: float = 1100, bins: int = 
     return {"path": f"M0,122 {' '.join(steps)} L400,122 Z", "ticks": ticks, "title": "Histogram of HU", "alt": f"histogram of HU values, highest near {peak:.0f} HU",
             "note": f"Height: square root of the number of voxels in {(high - low) / bins:.0f} HU. Values beyond the ends count at the ends."}
 
-# %% ../../nbs/deployment/05_report.ipynb #defeab87
+# %% ../../nbs/deployment/05_report.ipynb #07803fd1
+def _checks(volume, findings):
+    """(severity, sentence) of each finding; nothing is called good that was not looked at."""
+    found = findings or [(f["severity"], f["text"]) for f in volume.meta.get("findings", ())]
+    checks = [(f.severity, f.text) if hasattr(f, "severity") else tuple(f) for f in found]
+    if not checks and not volume.is_regular:
+        return [("error", "The slices are not evenly spaced.")]
+    read_from_files = "findings" in volume.meta
+    return checks or [("good", "No gaps, duplicates or mixed slices were found.") if read_from_files else ("info", "The slices' places were not checked.")]
+
+
 def volume_section(volume, *, title: str = "", findings=(), window=None, tiles: int = 12) -> Section:
     """A section about one series: facts, checks, montage and, for HU, the histogram.
 
@@ -236,7 +246,7 @@ def volume_section(volume, *, title: str = "", findings=(), window=None, tiles: 
     title : str
         Heading; by default modality and description.
     findings : sequence of `medimg.data.dicom.Finding` or of (severity, text)
-        The QA of the series; empty means that nothing was found.
+        The QA of the series; by default what the reader noted in `meta["findings"]`.
     window : (center, width), optional
         Display window in the volume's unit; default: the series' own.
     tiles : int
@@ -256,9 +266,9 @@ def volume_section(volume, *, title: str = "", findings=(), window=None, tiles: 
     rows = [("Size (z, y, x)", " × ".join(map(str, volume.shape))), ("Spacing (z, y, x)", f"{step} mm"), ("Unit", volume.units),
             ("Orientation", volume.orientation if volume.is_regular else None), ("Scanner", " ".join(filter(None, (meta.get("manufacturer"), meta.get("model"))))),
             ("Kernel", meta.get("kernel")), ("Values", f"{volume.array.min():g} to {volume.array.max():g} {volume.units}"), ("Series", _ending(meta.get("series_uid")))]
-    checks = [(f.severity, f.text) if hasattr(f, "severity") else tuple(f) for f in findings] or [("good", "No gaps, duplicates or mixed slices were found.")]
+    checks = _checks(volume, findings)
     name = title or " ".join(filter(None, (volume.modality, str(meta.get("description") or "")))) or "Series"
-    ends = f", window {window[0]:g} ± {window[1] / 2:g} {volume.units}" if window else ""
+    ends = f", W {window[1]:g} L {window[0]:g} {volume.units}" if window else ""
     sheet, shown = _sheet(volume, window, tiles)
     return Section(name, facts=[(k, v) for k, v in rows if v], findings=checks, picture=sheet, caption=f"{shown} of {volume.shape[0]} slices, evenly spread{ends}",
                    histogram=hu_histogram(volume.array[:, ::2, ::2]) if volume.units == "HU" else None)
