@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 NAME ?= phantom-cxr pneumonia
 NOTEBOOKS ?=
+SUBJECT ?= *
+FUZZ_SECONDS ?= 600
 PYTEST_ARGS ?=
 FACTS := settings.ini setup.py pyproject.toml
 BASE := $(VENV)/.medimg-base
@@ -23,11 +25,11 @@ else
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
 endif
 
-.PHONY: help setup demo test lab course docs reproduce bench lint locks sizes clean
+.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz lint locks sizes clean
 
 help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 4 GB)
 
@@ -55,9 +57,15 @@ docs:  ## render the site into _site with Quarto
 reproduce: $(DEV)  ## make shipped bundles and results again (NAME=pneumonia for one)
 	@for name in $(NAME); do $(VENV)/bin/medimg reproduce "$$name" || exit; done
 
-bench: $(DEV)  ## measure beside other programs, never part of the tests
-	@found=no; for script in benchmarks/*.py; do [ -f "$$script" ] || continue; found=yes; $(PY) "$$script" || exit; done; \
-	  [ $$found = yes ] || echo "bench: there is no benchmark in benchmarks/ yet."
+bench: $(DEV)  ## measure beside other programs (SUBJECT=dicom_read for one), never part of the tests; peers live in .venv-bench
+	@for script in benchmarks/*/$(SUBJECT).py; do echo "== $$script"; $(PY) "$$script" || exit; done
+
+bench-peers: $(DEV)  ## install the programs that benchmarks compare with into .venv-bench (network, about 3 GB)
+	@$(if $(UV),$(UV) venv --quiet --allow-existing --python $(PY) .venv-bench,$(PY) -m venv .venv-bench)
+	@$(if $(UV),$(UV) pip install --quiet --python .venv-bench/bin/python,.venv-bench/bin/python -m pip install --quiet) -r benchmarks/peers.txt
+
+fuzz: $(DEV)  ## mutate files for as long as FUZZ_SECONDS says (600) and keep what breaks a parser in artefacts/fuzz
+	@mkdir -p artefacts; $(PY) tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: $(DEV)  ## ruff, the locks against settings.ini, and known vulnerabilities of the locked packages (network)
 	@$(PY) -m ruff check .
