@@ -1,8 +1,12 @@
 """Shared fixtures. What a machine lacks leaves its tests out, with the reason and the remedy; with MEDIMG_REQUIRE_ALL=1 (CI) it fails them."""
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,7 +17,7 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 #: command -> the Debian package that brings it
 PACKAGES = {"dciodvfy": "dicom3tools", "dcmdump": "dcmtk", "dcmdjpeg": "dcmtk", "storescu": "dcmtk", "dcm2niix": "dcm2niix",
-            "chromium": "chromium", "chromedriver": "chromium-driver", "pdftoppm": "poppler-utils"}
+            "chromium": "chromium", "chromedriver": "chromium-driver", "pdftoppm": "poppler-utils", "Orthanc": "orthanc"}
 
 
 def require_all() -> bool:
@@ -69,6 +73,45 @@ def tool():
             return found
         leave_out(f"{name} is not installed", f"apt-get install {package or PACKAGES.get(name, name)}")
     return find
+
+
+@pytest.fixture(scope="session")
+def orthanc(tool, tmp_path_factory):
+    """A PACS of its own for the tests: Orthanc on a loopback port, empty, gone afterwards. `orthanc(path)` stores a file and gives its tags."""
+    program, folder = tool("Orthanc"), tmp_path_factory.mktemp("orthanc")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"StorageDirectory": str(folder), "IndexDirectory": str(folder), "HttpPort": port, "RemoteAccessAllowed": False,
+                "AuthenticationEnabled": False, "DicomServerEnabled": False, "HttpBindAddresses": ["127.0.0.1"]}
+    (folder / "orthanc.json").write_text(json.dumps(settings))
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log, env={**os.environ, "TCP_NODELAY": "1"})
+    address = f"http://127.0.0.1:{port}"
+
+    def ask(path, body=None):
+        request = urllib.request.Request(address + path, data=body)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+    def store(path):
+        """Store one DICOM file; the tags that Orthanc indexed, with the size of the picture that it draws of an image (None for others)."""
+        said = json.loads(ask("/instances", Path(path).read_bytes()))
+        tags = json.loads(ask(f"/instances/{said['ID']}/simplified-tags"))
+        picture = ask(f"/instances/{said['ID']}/preview") if "Rows" in tags else b""
+        return tags, len(picture)
+
+    for _ in range(100):
+        try:
+            ask("/system")
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        raise AssertionError("Orthanc did not start:\n" + (folder / "log").read_text()[-2000:])
+    yield store
+    server.terminate()
+    server.wait(20)
 
 
 @pytest.fixture(scope="session")
