@@ -153,3 +153,89 @@ def test_odd_nifti_files_are_typed_errors(tmp_path):
         with pytest.raises(MedimgError) as caught:
             Volume.from_nifti(path)
         assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- untilt, pad, another grid, planes and measures -----------------------------------------------------------------------------
+def smooth(points):
+    """A scalar field that is known everywhere in the world."""
+    x, y, z = np.moveaxis(np.asarray(points), -1, 0)
+    return np.sin(x / 17) + np.cos(y / 23) + z / 40
+
+
+def grid_of(volume):
+    return volume.world(np.moveaxis(np.indices(volume.shape[:3]), 0, -1).reshape(-1, 3)).reshape(*volume.shape[:3], 3)
+
+
+@pytest.mark.parametrize("tilt", [-18.5, 12.0])
+def test_untilt_keeps_the_field_in_its_place(tilt):
+    affine = make_affine((3.0, 0.8, 0.8), (-5.0, 8.0, 20.0), rotation(1))
+    affine[:3, 0] += affine[:3, 1] / 0.8 * np.tan(np.radians(tilt)) * 3.0
+    leaning = Volume(np.zeros((12, 40, 30)), affine)
+    leaning = leaning.with_array(smooth(grid_of(leaning)))
+    upright = leaning.untilt(value=np.nan)
+    assert abs(leaning.tilt_deg - abs(tilt)) < 1e-6 and upright.tilt_deg < 1e-6
+    assert np.isclose(upright.spacing_mm[0], 3.0) and len(upright.array) == 12
+    known = np.isfinite(upright.array)
+    assert known.mean() > 0.6 and np.abs(upright.array - smooth(grid_of(upright)))[known].max() < 0.01
+    assert abs(known.sum() - leaning.array.size) < 0.08 * leaning.array.size          # nothing but rims is lost
+    assert np.allclose(upright.to_sitk().GetSpacing()[::-1], upright.spacing_mm)       # ITK takes it now
+
+
+def test_untilt_of_uneven_slices_measures_along_the_normal():
+    affine = make_affine((1.0, 1.0, 1.0))
+    affine[:3, 0] = (0, np.sin(np.radians(20)), np.cos(np.radians(20)))
+    v = Volume(np.zeros((4, 9, 9)), affine, slice_positions_mm=[0, 4, 8, 15]).untilt()
+    assert np.allclose(v.slice_positions_mm, np.array([0, 4, 8, 15]) * np.cos(np.radians(20))) and v.tilt_deg < 1e-6
+
+
+def test_untilt_leaves_an_upright_volume_alone():
+    v = volume()
+    assert v.untilt() is v
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_resample_to_equals_simpleitk(seed):
+    sitk = pytest.importorskip("SimpleITK")
+    moving, fixed = volume(seed=seed), volume((5, 9, 6), (2.0, 1.3, 0.9), origin=(-11.0, 31.5, -4.0), direction=rotation(seed))
+    ours = moving.with_array(moving.array.astype("float64")).resample_to(fixed, value=-7)
+    theirs = sitk.GetArrayFromImage(sitk.Resample(moving.to_sitk(), fixed.to_sitk(), sitk.Transform(), sitk.sitkLinear, -7.0, sitk.sitkFloat64))
+    inside = np.all((moving.index(grid_of(fixed).reshape(-1, 3)) >= 0) & (moving.index(grid_of(fixed).reshape(-1, 3)) <= np.array(moving.shape) - 1), axis=1)
+    assert inside.any() and np.allclose(ours.array.reshape(-1)[inside], theirs.reshape(-1)[inside], atol=1e-4)
+
+
+def test_pad_keeps_places_and_crop_undoes_it():
+    v = volume()
+    padded = v.pad(z=(2, 1), y=3, x=(0, 4), value=5)
+    assert np.allclose(padded.world((2, 3, 0)), v.world((0, 0, 0))) and padded.array[0, 0, 0] == 5
+    back = padded.crop(slice(2, -1), slice(3, -3), slice(0, -4))
+    assert np.array_equal(back.array, v.array) and np.allclose(back.affine, v.affine)
+    with pytest.raises(GeometryError):
+        v.pad(z=-1)
+
+
+def test_an_oblique_plane_shows_the_field():
+    v = Volume(np.zeros((30, 40, 40)), make_affine((2.0, 1.5, 1.5), (-30, -30, -30), rotation(2)))
+    v = v.with_array(smooth(grid_of(v)))
+    plane = v.reslice(v.world((15, 20, 20)), down=(0.2, 0.1, -1), right=(1, 0.5, 0), size_mm=(20, 24), spacing_mm=0.8)
+    assert plane.shape == (1, 25, 30) and np.allclose(plane.spacing_mm, 0.8)
+    assert np.abs(plane.array - smooth(grid_of(plane))).max() < 0.01
+    with pytest.raises(GeometryError):
+        v.reslice((0, 0, 0), (0, 0, 1), (0, 0, 2), size_mm=(5, 5))
+
+
+def test_mip_lies_in_the_middle_of_the_slab():
+    v = volume()
+    for axis in range(3):
+        m = v.mip(axis)
+        assert np.array_equal(m.array, v.array.max(axis, keepdims=True))
+        middle = (np.array(v.shape) - 1) / 2
+        assert np.allclose(m.world((np.array(m.shape) - 1) / 2), v.world(middle))
+        assert np.isclose(np.prod(m.spacing_mm) * m.array.size, np.prod(v.spacing_mm) * v.array.size)
+
+
+def test_volume_in_ml_is_that_of_the_sheared_cell():
+    affine = make_affine((3.0, 1.0, 1.0))
+    affine[1, 0] = 1.0
+    assert np.isclose(Volume(np.ones((10, 10, 10)), affine).volume_ml(), 3.0)
+    with pytest.raises(GeometryError):
+        volume().volume_ml(np.ones((2, 2, 2)))

@@ -483,6 +483,238 @@ def regularize(self: Volume, spacing_mm: float | None = None):
     affine[:3, 0] *= step
     return _moved(self, array.astype("float32"), affine)
 
+# %% ../../nbs/data/01_volume.ipynb #1705ac59
+@patch
+def untilt(self: Volume, *, value: float | None = None):
+    """The same slices slid within their planes until the grid has right angles; an upright volume comes back unchanged.
+
+    Parameters
+    ----------
+    value : float, optional
+        What fills the wedges that no slice covers, in the volume's units; the smallest voxel when left out.
+
+    Returns
+    -------
+    Volume, float32 when anything was interpolated
+        As many slices, more rows or columns. Uneven slices stay uneven, at their distances along the normal.
+
+    Examples
+    --------
+    >>> leaning = make_affine((3, 1, 1)); leaning[1, 0] = 1.0
+    >>> v = Volume(np.zeros((5, 8, 8)), leaning).untilt()
+    >>> v.shape, v.tilt_deg < 1e-6
+    ((5, 12, 8), True)
+    """
+    from scipy.ndimage import shift
+    z, y, x = self._affine[:3, :3].T
+    normal = np.cross(y, x)
+    normal *= np.sign(normal @ z) / np.linalg.norm(normal)
+    slide = np.linalg.lstsq(np.column_stack([y, x]), z - normal * (normal @ z), rcond=None)[0]       # in voxels (y, x) for one z step
+    if np.abs(slide * self.shape[1:3]).max() < 1e-3 * max(self.shape[1:3]) and self.tilt_deg < 0.01:
+        return self
+    where = np.arange(len(self.array)) if self.is_regular else self.slice_positions_mm
+    moves = where[:, None] * slide
+    low, high = np.floor(moves.min(0)).astype(int), np.ceil(moves.max(0)).astype(int)
+    fill = self.array.min() if value is None else value
+    grid = np.full((len(where), *(self.shape[1:3] + high - low), *self.shape[3:]), fill, "float32")
+    grid[:, -low[0]:-low[0] + self.shape[1], -low[1]:-low[1] + self.shape[2]] = self.array
+    for page, move in zip(grid, moves):
+        page[...] = shift(page, [*move, *[0] * (self.array.ndim - 3)], order=1, mode="constant", cval=fill)
+    affine = np.array(self._affine)
+    affine[:3, 3] += affine[:3, 1:3] @ low
+    rise = float(normal @ z)
+    affine[:3, 0] = normal * (rise if self.is_regular else 1.0)
+    return _moved(self, grid, affine, None if self.is_regular else where * rise)
+
+# %% ../../nbs/data/01_volume.ipynb #09c11565
+@patch
+def pad(self: Volume, z=0, y=0, x=0, *, value: float | None = None):
+    """More voxels around the image; the ones that were there keep their places in the world.
+
+    Parameters
+    ----------
+    z, y, x : int or (before, after)
+        How many voxels to add at each end.
+    value : float, optional
+        Their value, in the volume's units; the smallest voxel when left out (air in a CT).
+
+    Returns
+    -------
+    Volume
+
+    Raises
+    ------
+    GeometryError
+        For a negative number, or new slices beside uneven ones.
+
+    Examples
+    --------
+    >>> Volume(np.zeros((2, 3, 3)), make_affine((3, 1, 1))).pad(z=(1, 0), y=2).origin_mm
+    (0.0, -2.0, -3.0)
+    """
+    widths = np.array([(v, v) if np.isscalar(v) else tuple(v) for v in (z, y, x)], int)
+    if (widths < 0).any() or (widths[0].any() and not self.is_regular):
+        raise GeometryError(f"pad by {(z, y, x)}", remedy="give numbers that are not negative; for uneven slices call regularize() first")
+    affine = np.array(self._affine)
+    affine[:3, 3] -= affine[:3, :3] @ widths[:, 0]
+    array = np.pad(self.array, [*widths, *[(0, 0)] * (self.array.ndim - 3)], constant_values=self.array.min() if value is None else value)
+    return _moved(self, array, affine, self.slice_positions_mm)
+
+
+@patch
+def resample_to(self: Volume, grid, *, order: int = 1, value: float | None = None):
+    """This image on the grid of another, so that voxel (z, y, x) of both is the same place in the patient.
+
+    Parameters
+    ----------
+    grid : Volume
+        Whose shape and affine to take; it may be turned, tilted or of another spacing.
+    order : int
+        0 nearest (masks), 1 linear, 3 cubic B-spline; for order > 0 integer voxels become float32.
+    value : float, optional
+        For places outside this image; the smallest voxel when left out.
+
+    Returns
+    -------
+    Volume
+
+    Raises
+    ------
+    GeometryError
+        When either has uneven slices.
+
+    Examples
+    --------
+    >>> v = Volume(np.arange(8.0).reshape(2, 2, 2))
+    >>> v.resample_to(v.crop(z=slice(1, 2))).array.ravel().tolist()
+    [4.0, 5.0, 6.0, 7.0]
+    """
+    from scipy.ndimage import affine_transform
+    matrix = np.linalg.inv(self.affine) @ grid.affine
+    source = self.array if order == 0 or self.array.dtype.kind == "f" else self.array.astype("float32")
+    channels = source[..., None] if source.ndim == 3 else source
+    fill = self.array.min() if value is None else value
+    moved = [affine_transform(channels[..., c], matrix[:3, :3], matrix[:3, 3], grid.shape[:3], order=order, mode="constant", cval=fill)
+             for c in range(channels.shape[-1])]
+    return _moved(self, moved[0] if source.ndim == 3 else np.stack(moved, -1), grid.affine)
+
+# %% ../../nbs/data/01_volume.ipynb #62744c3b
+@patch
+def reslice(self: Volume, center_mm, down, right, *, size_mm, spacing_mm: float = 1.0):
+    """One plane through the volume, any way it is turned: a multi-planar reformat (MPR), linearly interpolated.
+
+    Parameters
+    ----------
+    center_mm : (x, y, z) in mm, LPS+
+        Middle of the plane.
+    down, right : (x, y, z)
+        Directions of the picture's columns and rows in the world; made unit and perpendicular (down is kept).
+    size_mm : (height, width) in mm
+        Size of the picture.
+    spacing_mm : float
+        Distance between its pixels.
+
+    Returns
+    -------
+    Volume with z == 1
+        Outside the image: the smallest voxel.
+
+    Raises
+    ------
+    GeometryError
+        For uneven slices, or directions that are parallel.
+
+    Examples
+    --------
+    >>> v = Volume(np.arange(27.0).reshape(3, 3, 3))
+    >>> v.reslice((1, 1, 1), down=(0, 0, -1), right=(1, 0, 0), size_mm=(3, 3)).array[0, :, 0].tolist()     # coronal, head up
+    [21.0, 12.0, 3.0]
+    """
+    down, right = np.asarray(down, float), np.asarray(right, float)
+    right = right - down * (right @ down) / max(down @ down, 1e-12)
+    if not np.linalg.norm(down) or np.linalg.norm(right) < 1e-6:
+        raise GeometryError(f"down {down.tolist()} and right are parallel", remedy="give two different directions")
+    down, right = down / np.linalg.norm(down), right / np.linalg.norm(right)
+    rows, columns = (max(1, round(v / spacing_mm)) for v in size_mm)
+    affine = make_affine((spacing_mm,) * 3, direction=np.column_stack([np.cross(right, down), down, right]))
+    affine[:3, 3] = np.asarray(center_mm, float) - affine[:3, :3] @ (0, (rows - 1) / 2, (columns - 1) / 2)
+    return self.resample_to(Volume(np.zeros((1, rows, columns), bool), affine))
+
+
+@patch
+def mip(self: Volume, axis: int = 0):
+    """Maximum intensity projection along one array axis, as a Volume whose one slice lies in the middle of the slab.
+
+    Parameters
+    ----------
+    axis : int
+        0, 1 or 2 for z, y or x. For a slab, crop first.
+
+    Returns
+    -------
+    Volume
+        Length 1 along `axis`, with the thickness of the whole slab as its spacing.
+
+    Examples
+    --------
+    >>> Volume(np.arange(8).reshape(2, 2, 2)).mip().array.tolist()
+    [[[4, 5], [6, 7]]]
+    """
+    n, affine = self.shape[axis], np.array(self.affine)
+    affine[:3, 3] += affine[:3, axis] * (n - 1) / 2
+    affine[:3, axis] *= n
+    return _moved(self, self.array.max(axis, keepdims=True), affine)
+
+# %% ../../nbs/data/01_volume.ipynb #df6b6781
+@patch
+def distance_mm(self: Volume, a, b) -> float:
+    """Distance in mm between two voxels.
+
+    Parameters
+    ----------
+    a, b : (z, y, x)
+        Indices, may be fractional.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> Volume(np.zeros((9, 9, 9)), make_affine((3, 1, 1))).distance_mm((0, 0, 0), (1, 4, 0))
+    5.0
+    """
+    return float(np.linalg.norm(self.world(a) - self.world(b)))
+
+
+@patch
+def volume_ml(self: Volume, mask=None) -> float:
+    """What a mask covers, in ml (1 ml = 1000 mm³).
+
+    Parameters
+    ----------
+    mask : array, (z, y, x), bool or float in [0, 1], optional
+        Covered share of each voxel, on this grid; the volume's own voxels when left out.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    GeometryError
+        When the mask has another shape, or the slices are uneven.
+
+    Examples
+    --------
+    >>> Volume(np.zeros((9, 10, 10)), make_affine((10, 1, 1))).volume_ml(np.ones((9, 10, 10)))
+    9.0
+    """
+    mask = self.array if mask is None else np.asarray(mask)
+    if mask.shape != self.shape[:3]:
+        raise GeometryError(f"a mask of shape {mask.shape} for a grid of {self.shape[:3]}", remedy="resample_to the image first")
+    return float(mask.sum(dtype=float) * abs(np.linalg.det(self.affine[:3, :3])) / 1000)
+
 # %% ../../nbs/data/01_volume.ipynb #d09f6242
 @patch
 def window(self: Volume, center: float | str, width: float | None = None) -> np.ndarray:
@@ -626,7 +858,7 @@ def from_nifti(path) -> Volume:
 
 Volume.from_nifti = staticmethod(from_nifti)
 
-# %% ../../nbs/data/01_volume.ipynb #470e8f21
+# %% ../../nbs/data/01_volume.ipynb #1cc66aaa
 @patch
 def to_sitk(self: Volume):
     """The same image as a `SimpleITK.Image` (LPS+ world, (x, y, z) order).
@@ -642,7 +874,7 @@ def to_sitk(self: Volume):
     """
     import SimpleITK as sitk
     if self.tilt_deg > 0.1:
-        raise GeometryError(f"the gantry is tilted by {self.tilt_deg:.1f}°; ITK cannot hold a sheared grid", remedy="resample it upright first")
+        raise GeometryError(f"the gantry is tilted by {self.tilt_deg:.1f}°; ITK cannot hold a sheared grid", remedy="call untilt() first")
     image = sitk.GetImageFromArray(np.ascontiguousarray(self.array), isVector=self.array.ndim == 4)
     image.SetSpacing(self.spacing_mm[::-1])
     image.SetOrigin(self.origin_mm)
