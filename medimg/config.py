@@ -6,8 +6,9 @@
 __all__ = ['RESEARCH_USE', 'PROFILES', 'Profile', 'profile_of', 'cache_dir', 'data_dirs', 'find_data', 'atomic_path',
            'write_atomic', 'sha256_of', 'set_seed']
 
-# %% ../nbs/foundations/config.ipynb #4589b9fe
+# %% ../nbs/foundations/config.ipynb #9999cd87
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -117,7 +118,7 @@ def find_data(name: str, *, max_depth: int = 4) -> Path | None:
             level = sorted(c for d in level if os.access(d, os.R_OK) for c in d.iterdir() if c.is_dir() and not c.is_symlink())
     return None
 
-# %% ../nbs/foundations/config.ipynb #cd58a61f
+# %% ../nbs/foundations/config.ipynb #98a2c956
 @contextlib.contextmanager
 def atomic_path(path):
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
@@ -134,6 +135,11 @@ def atomic_path(path):
     Path
         Where to write; its name ends with that of `path`, so that libraries which look at the ending agree.
 
+    Raises
+    ------
+    ConfigError
+        When the disk is full or read-only, or the folder cannot be written to.
+
     Examples
     --------
     >>> import tempfile
@@ -144,16 +150,31 @@ def atomic_path(path):
     ['a.txt']
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{os.getpid()}-{random.SystemRandom().randrange(1 << 32):08x}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
         _fsync_dir(path.parent)
+    except OSError as error:
+        raise _write_error(error, path, tmp) from error
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
+def _write_error(error, path, tmp):
+    """What a user can do about an error of the disk or of the folder; any other error as it came."""
+    remedies = {errno.ENOSPC: "free some space or write elsewhere", errno.EDQUOT: "free some of your quota or write elsewhere",
+                errno.EFBIG: "write elsewhere; this file system allows no larger file", errno.EROFS: "write elsewhere; this disk is read-only"}
+    if error.errno in remedies:
+        return ConfigError(f"could not be written: {os.strerror(error.errno)}; nothing was left behind", path=path, remedy=remedies[error.errno])
+    folders = (str(tmp), str(path), *map(str, path.parents))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) and str(error.filename) in folders:
+        return ConfigError(f"could not be written: {os.strerror(error.errno)}", path=path, remedy="choose a folder that you may write to")
+    return error
 
 
 def _fsync_dir(folder):
