@@ -6,14 +6,15 @@
 __all__ = ['PHANTOM_VERSION', 'LABELS', 'NODULE_HU', 'FIELD_MM', 'Nodule', 'draw_nodules', 'ct_noise', 'PhantomCase',
            'thorax_phantom', 'Opacity', 'draw_opacity', 'radiograph', 'phantom_cxr']
 
-# %% ../../nbs/data/03_phantom.ipynb #647d4059
+# %% ../../nbs/data/03_phantom.ipynb #9aba7dd1
 import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ..config import sha256_of
-from .phantom_anatomy import Anatomy, beads, draw_anatomy, lung_distance, solids, splat, stream, tubes
+from .phantom_anatomy import (Anatomy, beads, draw_anatomy, emphysema_holes, lobe_of, lung_distance, lung_texture, solids, splat,
+                                         stream, tubes, twigs)
 from .phantom_dicom import write_ct, write_radiograph    # noqa: F401  (part of this module's interface)
 from .volume import Volume, make_affine
 from ..errors import ConfigError, nearest
@@ -42,9 +43,10 @@ class Nodule:
     hu: float                   # outside the core
     side: str                   # of the patient: left (x > 0) or right
     core_diameter_mm: float = 0.0   # of the solid core of a part-solid one
-    lobe: str | None = None     # not modelled yet
+    lobe: str | None = None     # RUL, RML, RLL, LUL or LLL
+    spiculated: bool = False    # with thin strands around it, which do not belong to the ball
 
-# %% ../../nbs/data/03_phantom.ipynb #88c669b6
+# %% ../../nbs/data/03_phantom.ipynb #5244329b
 def draw_nodules(an: Anatomy, kinds, *, diameter_mm=(6.0, 20.0), z_range=(-150.0, 150.0)) -> tuple:
     """Plant nodules in the lungs of a person.
 
@@ -95,22 +97,28 @@ def _place(an, rng, kind, size, others, z_range):
         raise ConfigError(f"no room for a nodule of {size} mm", remedy="plant fewer or smaller nodules, or image more of the chest")
     z, y, x = (float(v) for v in p[room][0])
     core = round(size * float(rng.uniform(0.4, 0.65)), 2) if kind == "part-solid" else 0.0
-    return Nodule((x, y, z), size, kind, NODULE_HU[kind], "left" if x > 0 else "right", core)
+    return Nodule((x, y, z), size, kind, NODULE_HU[kind], "left" if x > 0 else "right", core, str(lobe_of(z, y, x)))
 
-# %% ../../nbs/data/03_phantom.ipynb #197f0eae
+# %% ../../nbs/data/03_phantom.ipynb #7cfc7678
 def _axes(shape, spacing_mm):
     """Voxel centres along z, y, x in mm, centred on the chest."""
     return [((np.arange(n) - (n - 1) / 2) * h + c).astype(np.float32) for n, h, c in zip(shape, spacing_mm, (-6.0, 0.0, 0.0))]
 
 
 def _voxelise(an, nodules, axes, spacing_mm):
+    from concurrent.futures import ThreadPoolExecutor
     z, y, x = axes
     hu, labels = (np.empty((len(z), len(y), len(x)), dtype) for dtype in (np.float32, np.uint8))
-    for i in range(0, len(z), 4):
-        hu[i:i + 4], d = solids(an, z[i:i + 4, None, None], y[:, None], x, float(spacing_mm[2]))
-        labels[i:i + 4] = np.select([d["lung"] < 0, d["bone"] < 0, d["heart"] < 0, d["body"] < 0],
-                                    [np.where(x < 0, LABELS["lung_right"], LABELS["lung_left"]), LABELS["bone"], LABELS["heart"],
-                                     LABELS["soft"]], LABELS["air"])
+
+    def slab(i):
+        part, edge = slice(i, i + 4), float(spacing_mm[2])
+        hu[part], d = solids(an, z[part, None, None], y[:, None], x, edge)
+        inside = np.select([d["lung"] < 0, d["bone"] < 0, d["heart"] < 0, d["body"] < 0],
+                           [np.where(x < 0, LABELS["lung_right"], LABELS["lung_left"]), LABELS["bone"], LABELS["heart"], LABELS["soft"]], 0)
+        labels[part] = inside
+        hu[part] += np.clip(0.5 - d["lung"] / edge, 0, 1) * (78 + 0.42 * y[:, None])        # an expiring lung, and blood at its back
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(slab, range(0, len(z), 4)))
     _add_texture(an, hu, labels, axes)
     _add_tubes(an, hu, labels, axes, spacing_mm)
     for k, nodule in enumerate(nodules):
@@ -118,13 +126,11 @@ def _voxelise(an, nodules, axes, spacing_mm):
     return hu, labels
 
 
-def _add_texture(an, hu, labels, axes, cell_mm=11.0):
-    """Soft irregularity of the lungs, SD about 10 HU."""
-    size = [int(np.ptp(axis) / cell_mm) + 3 for axis in axes]
-    field = stream(an.seed, "texture").normal(0, 16, size).astype(np.float32)
-    for k, axis in enumerate(axes):
-        field = np.moveaxis(np.tensordot(_linear(len(axis), size[k]), field, (1, k)), 0, k)
-    hu += np.where((labels == LABELS["lung_right"]) | (labels == LABELS["lung_left"]), field, 0)
+def _add_texture(an, hu, labels, axes):
+    lung = (labels == LABELS["lung_right"]) | (labels == LABELS["lung_left"])
+    hu += np.where(lung, lung_texture(an, axes), 0)
+    if an.emphysema:
+        hu += np.where(lung, emphysema_holes(an, axes, lung), 0) * (-975 - hu)
 
 
 def _linear(n, m):
@@ -132,25 +138,34 @@ def _linear(n, m):
     q = np.linspace(0, m - 1, n)[:, None] - np.arange(m)
     return np.maximum(1 - np.abs(q), 0).astype(np.float32)
 
-# %% ../../nbs/data/03_phantom.ipynb #866f74d7
+# %% ../../nbs/data/03_phantom.ipynb #908f293a
 def _add_tubes(an, hu, labels, axes, spacing_mm):
-    origin, step = [axis[0] for axis in axes], min(1.0 * min(spacing_mm), 2.0) * 0.75
-    for name, segments, flatness, shell, core, _ in tubes(an):
-        points, volumes, rho = beads(segments, step, flatness)
-        part = splat(points, volumes, origin, spacing_mm, hu.shape)
-        at = np.nonzero(part > 0.02)
-        filled, value = np.minimum(part[at] * 1.1, 1), core
-        if shell != core:
-            value = splat(points, volumes * np.where(rho > 0.7, shell, core), origin, spacing_mm, hu.shape)[at] / part[at]
-        hu[at] += filled * (value - hu[at])
-        mostly = tuple(axis[filled > 0.5] for axis in at)
-        labels[mostly] = np.where(labels[mostly] == LABELS["air"], LABELS["air"], LABELS[name])
+    step = min(1.0 * min(spacing_mm), 2.0) * 0.75
+    for name, segments, flatness, shell, core, _ in [*tubes(an), ("vessel", twigs(an), 1.0, 45, 45, -850)]:
+        _add_tube(hu, labels, axes, LABELS[name], beads(segments, step, flatness), (shell, core))
+
+
+def _add_tube(hu, labels, axes, label, filling, shades):
+    """Blend beads into the box around them."""
+    (points, volumes, rho), (shell, core), step = filling, shades, [axis[1] - axis[0] for axis in axes]
+    box = tuple(slice(*np.searchsorted(a, (points[:, k].min() - h, points[:, k].max() + h))) for k, (a, h) in enumerate(zip(axes, step)))
+    hu, labels, origin = hu[box], labels[box], [a[s][0] if a[s].size else 0 for a, s in zip(axes, box)]
+    part = splat(points, volumes, origin, step, hu.shape)
+    at = np.nonzero(part > 0.02)
+    filled, value = np.minimum(part[at] * 1.1, 1), core
+    if shell != core:
+        value = splat(points, volumes * np.where(rho > 0.7, shell, core), origin, step, hu.shape)[at] / part[at]
+    hu[at] += filled * (value - hu[at])
+    mostly = tuple(axis[filled > 0.5] for axis in at)
+    labels[mostly] = np.where(labels[mostly] == LABELS["air"], LABELS["air"], label)
 
 
 def _add_nodule(nodule, label, hu, labels, axes, spacing_mm):
-    box = tuple(slice(*np.searchsorted(axis, (c - nodule.diameter_mm, c + nodule.diameter_mm)))
-                for axis, c in zip(axes, nodule.centroid_mm[::-1]))
-    d = [axis[s] - np.float32(c) for axis, s, c in zip(axes, box, nodule.centroid_mm[::-1])]
+    centre = np.array(nodule.centroid_mm[::-1])
+    if nodule.spiculated:
+        _add_tube(hu, labels, axes, LABELS["soft"], _strands(nodule, min(spacing_mm) * 0.75), (nodule.hu, nodule.hu))
+    box = tuple(slice(*np.searchsorted(axis, (c - nodule.diameter_mm, c + nodule.diameter_mm))) for axis, c in zip(axes, centre))
+    d = [axis[s] - np.float32(c) for axis, s, c in zip(axes, box, centre)]
     r = np.sqrt(d[0][:, None, None]**2 + d[1][:, None]**2 + d[2]**2)
     edge = float(np.mean(spacing_mm))
     for radius, value in ((nodule.diameter_mm / 2, nodule.hu), (nodule.core_diameter_mm / 2, NODULE_HU["solid"])):
@@ -158,7 +173,16 @@ def _add_nodule(nodule, label, hu, labels, axes, spacing_mm):
             hu[box] += np.clip(0.5 - (r - radius) / edge, 0, 1) * (value - hu[box])
     labels[box][r < nodule.diameter_mm / 2] = label
 
-# %% ../../nbs/data/03_phantom.ipynb #8249b921
+
+def _strands(nodule, step, count=14):
+    """Beads of spicules: cones that leave the ball evenly in all directions and end 4 to 8 mm away from it."""
+    k = np.arange(count) + 0.5
+    up, turn, radius = 1 - 2 * k / count, np.pi * (1 + 5**0.5) * k, nodule.diameter_mm / 2
+    ray = np.stack([up, np.sqrt(1 - up**2) * np.sin(turn), np.sqrt(1 - up**2) * np.cos(turn)], 1)
+    centre, length = np.array(nodule.centroid_mm[::-1]), radius + 4 + 4 * (k * 0.618 % 1)
+    return beads((centre + 0.8 * radius * ray, centre + length[:, None] * ray, np.full(count, 1.1), np.full(count, 0.4)), step)
+
+# %% ../../nbs/data/03_phantom.ipynb #24dafb8f
 def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int = 6) -> np.ndarray:
     """Noise of a filtered back-projection of `hu` at a dose.
 
@@ -168,7 +192,7 @@ def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int =
         The noise-free image; axial, y and x of equal spacing.
     spacing_mm : (z, y, x), in mm
     dose : float
-        Relative to a standard chest CT: 1 gives an SD of 24 HU behind 300 mm of water at 3 mm slices, about 10 HU in a chest.
+        Relative to a usual chest CT: 1 gives an SD of 60 HU behind 300 mm of water at 3 mm slices, about 14 HU in the lungs.
     seed : int
     sectors : int
         Directions of rays told apart.
@@ -193,15 +217,21 @@ def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int =
     >>> round(float(low / high), 2)
     2.0
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from scipy import fft
     if not dose > 0:
         raise ConfigError(f"a dose of {dose} gives no image", remedy="use a number above 0; 1 is a standard chest CT")
     white = stream(seed, "ct-noise").standard_normal(hu.shape, dtype=np.float32)
     spectrum, (gain, wedge) = fft.rfft2(white), _ramp(hu.shape[1:], sectors)
-    out, scale = np.zeros(hu.shape, np.float32), 24 / np.sqrt(dose * spacing_mm[0] / 3)
-    for k in range(sectors):
+    out, scale = np.zeros(hu.shape, np.float32), 60 / np.sqrt(dose * spacing_mm[0] / 3)
+
+    def sector(k):
         grain = fft.irfft2(spectrum * np.where(wedge == k, gain, 0), s=hu.shape[1:])
-        out += grain * _ray_noise(hu, spacing_mm, 180 * k / sectors)
+        return grain * _ray_noise(hu, spacing_mm, 180 * k / sectors)
+    with ThreadPoolExecutor(2) as pool:
+        for part in pool.map(sector, range(sectors)):       # summed in order: the same at any speed
+            out += part
     return out * np.float32(scale)
 
 # %% ../../nbs/data/03_phantom.ipynb #2c7551b6
@@ -266,20 +296,20 @@ class PhantomCase:
         """Fingerprint of `truth()`, equal on every machine."""
         return sha256_of(json.dumps(self.truth(), sort_keys=True).encode())
 
-# %% ../../nbs/data/03_phantom.ipynb #3db94914
+# %% ../../nbs/data/03_phantom.ipynb #c115b994
 def thorax_phantom(seed: int = 0, *, shape=(100, 224, 224), spacing_mm=(3.0, 1.6, 1.6), nodules=3, dose: float | None = 1.0,
                    table: bool = True) -> PhantomCase:
     """A thorax CT of an invented adult.
 
     Parameters
     ----------
-    seed : int
-        The patient, 0 or more.
+    seed : int or Anatomy
+        The patient, 0 or more, or a person who is drawn already.
     shape : (z, y, x)
     spacing_mm : (z, y, x), in mm
         y and x equal. The default shows 300 × 358 × 358 mm.
-    nodules : int or sequence of str
-        How many, or the kind of each; see `draw_nodules`.
+    nodules : int, sequence of str, or sequence of Nodule
+        How many, the kind of each (see `draw_nodules`), or the nodules themselves.
     dose : float or None
         Relative dose; None makes no noise.
     table : bool
@@ -300,11 +330,14 @@ def thorax_phantom(seed: int = 0, *, shape=(100, 224, 224), spacing_mm=(3.0, 1.6
     >>> case.volume.modality, case.volume.orientation, case.nodules[0].side in ("left", "right")
     ('CT', 'SPL', True)
     """
+    an = seed if isinstance(seed, Anatomy) else None
+    seed = an.seed if an else seed
     if seed < 0 or len(shape) != 3 or min(shape) < 8 or min(spacing_mm) <= 0:
         raise ConfigError(f"no phantom with seed {seed}, shape {shape}, spacing {spacing_mm}",
                           remedy="use a seed of 0 or more, at least 8 voxels along each axis and spacings above 0")
-    an, axes = draw_anatomy(seed), _axes(shape, spacing_mm)
-    planted = draw_nodules(an, nodules, z_range=(float(axes[0][0]), float(axes[0][-1])))
+    an, axes = an or draw_anatomy(seed), _axes(shape, spacing_mm)
+    ready = not isinstance(nodules, int) and all(isinstance(nodule, Nodule) for nodule in nodules)
+    planted = tuple(nodules) if ready else draw_nodules(an, nodules, z_range=(float(axes[0][0]), float(axes[0][-1])))
     hu, labels = _voxelise(an, planted, axes, spacing_mm)
     if table:
         _add_table(hu, labels, axes)
