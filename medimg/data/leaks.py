@@ -80,7 +80,7 @@ def _steps(n, size, what, progress):
     from rich.progress import track
     return track(steps, description=what, console=Console(stderr=True, force_jupyter=False), transient=True)
 
-# %% ../../nbs/data/04e_leaks.ipynb #5216f894
+# %% ../../nbs/data/04e_leaks.ipynb #f2a5de92
 def near_pairs(hashes, others=None, *, max_bits: int = 24, progress: bool = False) -> tuple:
     """All pairs of hashes that differ in at most `max_bits` bits.
 
@@ -115,32 +115,17 @@ def near_pairs(hashes, others=None, *, max_bits: int = 24, progress: bool = Fals
     from concurrent.futures import ThreadPoolExecutor
     hashes = np.ascontiguousarray(hashes, np.uint64)
     second = hashes if others is None else np.ascontiguousarray(others, np.uint64)
-    found, total = [], 0
+    found = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        starts = _steps(len(hashes), 256, "comparing hashes", progress)
-        wave = 4 * (os.cpu_count() or 1)
-        todo = list(starts) if not progress else starts
-        for batch in _chunks(todo, wave):
-            for part in pool.map(lambda start: _block(hashes, second, start, max_bits, others is None), batch):
-                found.append(part)
-                total += len(part)
+        for start in _steps(len(hashes), 8 * 256, "comparing hashes", progress):
+            blocks = range(start, min(start + 8 * 256, len(hashes)), 256)
+            found += pool.map(lambda k: _block(hashes, second, k, max_bits, others is None), blocks)
+            total = sum(map(len, found))
             if total > MAX_PAIRS:
                 raise DatasetError(f"more than {MAX_PAIRS:,} pairs of images differ in at most {max_bits} bits",
                                    remedy="lower max_bits, or look at the images: many seem to be one and the same")
     table = np.concatenate(found) if found else np.empty((0, 3), np.int64)
     return table[:, :2], table[:, 2]
-
-
-def _chunks(items, size):
-    """Lists of up to `size` items."""
-    part = []
-    for item in items:
-        part.append(item)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
 
 # %% ../../nbs/data/04e_leaks.ipynb #cdc500ef
 def _block(hashes, second, start, max_bits, among):
@@ -156,24 +141,45 @@ def _block(hashes, second, start, max_bits, among):
     table = np.concatenate(found)
     return table[np.lexsort(table.T[1::-1])]
 
-# %% ../../nbs/data/04e_leaks.ipynb #ef36d326
+# %% ../../nbs/data/04e_leaks.ipynb #31ce26a8
 def _details(images, *, crop=False):
     """Fourier transform of the details of each image: without blur, faded at the border, mean 0, length 1 (0 for flat images)."""
-    import cv2
     small = np.stack([_small(image, crop=crop) for image in images])
-    blurred = np.stack([cv2.GaussianBlur(s, (0, 0), 2, borderType=cv2.BORDER_REFLECT) for s in small])
-    fade = np.sqrt(np.hanning(SIDE + 2)[1:-1]).astype(np.float32)
-    details = (small - blurred) * fade[:, None] * fade
+    details = (small - _BLUR @ small @ _BLUR.T) * _FADE[:, None] * _FADE
     details -= details.mean(axis=(1, 2), keepdims=True)
     size = np.sqrt((details * details).sum(axis=(1, 2), keepdims=True))
     return np.fft.rfft2(np.where(size > 1, details / np.maximum(size, 1), 0).astype(np.float32))
 
 
+def _blur(sigma):
+    """(32, 32) matrix that blurs along one axis; what lies outside is the mirror image of the inside."""
+    place = np.arange(-SIDE, 2 * SIDE)
+    inside = np.where(place < 0, -1 - place, np.where(place >= SIDE, 2 * SIDE - 1 - place, place))
+    weights = np.exp(-((np.arange(SIDE)[:, None] - place) ** 2) / (2 * sigma**2))
+    return ((weights / weights.sum(axis=1, keepdims=True)) @ np.eye(SIDE)[inside]).astype(np.float32)
+
+
+_BLUR, _FADE = _blur(2.0), np.sqrt(np.hanning(SIDE + 2)[1:-1]).astype(np.float32)
+
+# %% ../../nbs/data/04e_leaks.ipynb #eeee9dbb
 def _best_shift(a, b):
-    correlation = np.fft.irfft2(a * np.conj(b), s=(SIDE, SIDE))
-    return correlation[:, [-2, -1, 0, 1, 2]][:, :, [-2, -1, 0, 1, 2]].max(axis=(1, 2))
+    """Highest correlation within two pixels, between pixels by a parabola through the highest value and its neighbours."""
+    near, n = np.arange(-3, 4), np.arange(len(a))
+    all_shifts = np.fft.irfft2(a * np.conj(b), s=(SIDE, SIDE))[:, near][:, :, near]
+    y, x = np.divmod(all_shifts[:, 1:-1, 1:-1].reshape(len(n), -1).argmax(axis=1), 5)
+    y, x = y + 1, x + 1
+    top = all_shifts[n, y, x]
+    return (top + _lift(all_shifts[n, y - 1, x], top, all_shifts[n, y + 1, x])
+            + _lift(all_shifts[n, y, x - 1], top, all_shifts[n, y, x + 1])).clip(-1, 1)
 
 
+def _lift(before, top, after):
+    """How much higher than its middle value is the parabola through three values."""
+    bend = np.minimum(before + after - 2 * top, -1e-6)
+    rise = after - before
+    return np.where(np.abs(rise) < -bend, -rise * rise / (8 * bend), 0)
+
+# %% ../../nbs/data/04e_leaks.ipynb #d60d11e7
 def similarity(images, rows, *, progress: bool = False) -> np.ndarray:
     """How well the details of two images agree, after the best small shift and change of size.
 
@@ -197,25 +203,30 @@ def similarity(images, rows, *, progress: bool = False) -> np.ndarray:
     >>> similarity([image, image // 2, image[::-1]], [[0, 1], [0, 2]]).round(1).tolist()[0]
     1.0
     """
-    rows, result = np.asarray(rows, np.int64).reshape(-1, 2), np.zeros(len(rows), np.float32)
-    for start in _steps(len(rows), 2048, "comparing pixels", progress):
-        part = slice(start, start + 2048)
+    rows = np.asarray(rows, np.int64).reshape(-1, 2)
+    result = np.zeros(len(rows), np.float32)
+    for start in _steps(len(rows), 8192, "comparing pixels", progress):
+        part = slice(start, start + 8192)
         needed, place = np.unique(rows[part], return_inverse=True)
-        place = place.reshape(-1, 2)
-        result[part] = _compare([images[k] for k in needed], *place.T)
+        result[part] = _compare([images[k] for k in needed], place.reshape(-1, 2))
     return result
 
 
-def _compare(images, i, j):
-    plain = _details(images)
-    best = _best_shift(plain[i], plain[j])
+def _compare(images, pairs):
+    plain, best = _details(images), np.zeros(len(pairs), np.float32)
+    for k in range(0, len(pairs), 1024):
+        i, j = pairs[k:k + 1024].T
+        best[k:k + 1024] = _best_shift(plain[i], plain[j])
     again = np.flatnonzero(best > 0.6)      # a border of 2 % costs less than that
-    if len(again):
-        trimmed, (i, j) = _details(images, crop=True), (i[again], j[again])
-        best[again] = np.max([best[again], _best_shift(trimmed[i], plain[j]), _best_shift(plain[i], trimmed[j])], axis=0)
-    return best.clip(-1, 1)
+    needed, place = np.unique(pairs[again], return_inverse=True)
+    trimmed = _details([images[k] for k in needed], crop=True) if len(again) else None
+    for k in range(0, len(again), 1024):
+        these, (s, t) = again[k:k + 1024], place.reshape(-1, 2)[k:k + 1024].T
+        i, j = pairs[these].T
+        best[these] = np.max([best[these], _best_shift(trimmed[s], plain[j]), _best_shift(plain[i], trimmed[t])], axis=0)
+    return best
 
-# %% ../../nbs/data/04e_leaks.ipynb #350a2133
+# %% ../../nbs/data/04e_leaks.ipynb #c996a000
 @dataclass(frozen=True)
 class NearPairs:
     """Pairs of near-copies; iterable as (row, row, bits, similarity, mirrored)."""
@@ -232,7 +243,7 @@ class NearPairs:
         return zip(*self.rows.T.tolist(), self.bits.tolist(), self.similarity.tolist(), self.mirrored.tolist())
 
 
-def near_duplicate_pairs(images, *, max_bits: int = 24, min_similarity: float = 0.88, mirrored: bool = False,
+def near_duplicate_pairs(images, *, max_bits: int = 24, min_similarity: float = 0.9, mirrored: bool = False,
                          progress: bool = False) -> NearPairs:
     """Pairs of images that show the same picture: equal, saved again, brightened, slightly trimmed or shifted.
 
@@ -278,7 +289,7 @@ def near_duplicate_pairs(images, *, max_bits: int = 24, min_similarity: float = 
     table = table[np.lexsort((table["mirrored"], table["rows"][:, 1], table["rows"][:, 0]))]
     return NearPairs(*(table[name] for name in ("rows", "bits", "similarity", "mirrored")))
 
-# %% ../../nbs/data/04e_leaks.ipynb #4a06b237
+# %% ../../nbs/data/04e_leaks.ipynb #d85de2d8
 def _table(rows, bits, agree, flip):
     table = np.zeros(len(rows), [("rows", np.int64, 2), ("bits", np.int64), ("similarity", np.float32), ("mirrored", bool)])
     table["rows"], table["bits"], table["similarity"], table["mirrored"] = rows, bits, agree, flip
@@ -331,7 +342,7 @@ def connect(n: int, pairs) -> np.ndarray:
     return np.unique(which, return_index=True)[1][which]
 
 
-def near_duplicate_groups(images, *, max_bits: int = 24, min_similarity: float = 0.88, mirrored: bool = False,
+def near_duplicate_groups(images, *, max_bits: int = 24, min_similarity: float = 0.9, mirrored: bool = False,
                           progress: bool = False) -> np.ndarray:
     """For each image the group of near-copies that it belongs to: what must stay in one fold where no patient ids are known.
 
@@ -405,8 +416,8 @@ class LeakReport:
                 f"  similar    {d['pairs']} pairs, {inside} images in {d['copy_groups']} groups; in two folds: {where}\n"
                 f"  labels     {len(self.conflicts)} groups of copies with different labels")
 
-# %% ../../nbs/data/04e_leaks.ipynb #930e20fc
-def find_leaks(dataset: ImageDataset, *, max_bits: int = 24, min_similarity: float = 0.88, mirrored: bool = False,
+# %% ../../nbs/data/04e_leaks.ipynb #34ac3efb
+def find_leaks(dataset: ImageDataset, *, max_bits: int = 24, min_similarity: float = 0.9, mirrored: bool = False,
                progress: bool = False) -> LeakReport:
     """Look for everything that a data set has in two folds: patients, equal images and near-copies.
 
