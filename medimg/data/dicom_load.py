@@ -204,27 +204,26 @@ def _load_decoded(headers, picks, rescale, threads, isolate):
     _spread(place, len(places), threads)
     return out["array"]
 
-# %% ../../nbs/data/02h_dicom_load.ipynb #009572a6
+# %% ../../nbs/data/02h_dicom_load.ipynb #8535ae14
 def _values(header, frames, rescale, isolate):
     """Some frames of one file in the modality's unit: (n, y, x[, 3])."""
-    from medimg.data.dicom_pixels import decode, read_header, read_pixels
+    from medimg.data.dicom_pixels import decode, read_header, to_unit, typed_errors
+    from medimg.data.untrusted import decode_isolated
     path = header.filename
-    if isolate:
-        from medimg.data.untrusted import read_isolated as read_pixels  # noqa: F811
-    if any(r is not None for r in rescale):
-        full = read_header(path, pixels=True)
-        stored = decode(full, path)
-        _check_frames(frames, len(stored), path)
+    full = read_header(path, pixels=not isolate)
+    stored = decode_isolated(path) if isolate else decode(full, path)
+    if "PixelData" in full:
+        del full.PixelData
+    if is_mosaic(header):
+        stored = cut_mosaic(stored[0], max(frames) + 1)
+    _check_frames(frames, len(stored), path)
+    with typed_errors("the image cannot be read", path):
+        if all(r is None for r in rescale):
+            values = to_unit(stored, full)
+            return values if frames == list(range(len(values))) else values[frames]
         if is_negative(full):
             raise DicomError("MONOCHROME1 with a slope for each frame", path=path, remedy="export it as MONOCHROME2")
-        lines = [r or rescale_of(full) for r in rescale]
-        return _scaled(stored, frames, lines)
-    values, full = read_pixels(path)[:2]
-    if is_mosaic(header):
-        return cut_mosaic(values, max(frames) + 1)[frames]
-    values = values if int(full.get("NumberOfFrames") or 1) > 1 and values.ndim > 2 else values[None]
-    _check_frames(frames, len(values), path)
-    return values if frames == list(range(len(values))) else values[frames]
+        return _scaled(stored, frames, [r or rescale_of(full) for r in rescale])
 
 
 def _check_frames(frames, n, path):
