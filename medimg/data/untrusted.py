@@ -327,35 +327,39 @@ def close_workers() -> None:
     for worker in idle if _owner[0] == os.getpid() else ():
         worker.close()
 
-# %% ../../nbs/data/02d_untrusted.ipynb #de9b58a7
-def read_isolated(path, *, limit_s: float = 60.0, memory_mb: int = MEMORY_MB, options: dict | None = None):
-    """`medimg.data.dicom.read` in a worker process.
+# %% ../../nbs/data/02d_untrusted.ipynb #a02230b5
+def read_isolated(path, *, limit_s: float = LIMIT_S, memory_mb: int = MEMORY_MB) -> tuple:
+    """`medimg.data.dicom_pixels.read_pixels` with the decoding in a worker process.
 
     Parameters
     ----------
     path : str or Path
-        A file, folder or zip.
+        A DICOM file that holds an image.
     limit_s, memory_mb
         As for `isolated`.
-    options : dict, optional
-        Keyword arguments of `read`, such as `{"series_uid": "#1"}`.
 
     Returns
     -------
-    Volume, or list of Volume for a time series
+    array, (y, x) or (y, x, 3) or (frame, y, x[, 3])
+        In the modality's unit.
+    pydicom.Dataset
+        The header, without pixels.
 
     Raises
     ------
     DicomError
-        As `read` does, and when the worker crashed, was too slow or took too much memory.
+        As `read_pixels` does, and when the worker crashed, was too slow or took too much memory.
 
     Examples
     --------
     >>> from pydicom.data import get_testdata_file
-    >>> read_isolated(get_testdata_file("CT_small.dcm")).units
-    'HU'
+    >>> pixels, header = read_isolated(get_testdata_file("CT_small.dcm"))
+    >>> pixels.shape, header.Modality
+    ((128, 128), 'CT')
     """
-    return isolated("medimg.data.dicom.read", Path(path), limit_s=limit_s, memory_mb=memory_mb, options=options)
+    from medimg.data.dicom_pixels import read_header
+    header = read_header(path)
+    return isolated("medimg.data.untrusted._pixels", Path(path), limit_s=limit_s, memory_mb=memory_mb), header
 
 
 def decode_isolated(path, *, limit_s: float = LIMIT_S, memory_mb: int = MEMORY_MB) -> np.ndarray:
@@ -384,6 +388,11 @@ def decode_isolated(path, *, limit_s: float = LIMIT_S, memory_mb: int = MEMORY_M
     (1, 64, 64)
     """
     return isolated("medimg.data.untrusted._decoded", Path(path), limit_s=limit_s, memory_mb=memory_mb)
+
+
+def _pixels(path):
+    from medimg.data.dicom_pixels import read_pixels
+    return read_pixels(path)[0]
 
 
 def _decoded(path):
