@@ -247,7 +247,7 @@ def _describe(d):
     return (f"ImageDataset {d.name} · {d.task} · {len(d)} × ({size}) uint8 · {counts}\n  classes   {balance}\n  groups    {unit}"
             f"\n  checksum  {d.checksum[:16]}…\n  licence   {d.licence or 'not stated'}\n  source    {d.source}")
 
-# %% ../../nbs/data/04_datasets.ipynb #d972a4c6
+# %% ../../nbs/data/04_datasets.ipynb #04874a93
 def load_dataset(name, *, data: str = "auto", n: int | None = None, seed: int = 0, quiet: bool = False, task: str | None = None) -> ImageDataset:
     """Load a registered data set: verified real images, or a phantom stand-in of the same image size.
 
@@ -298,7 +298,7 @@ def load_dataset(name, *, data: str = "auto", n: int | None = None, seed: int = 
         print(f"{dataset.name}: {len(dataset)} images from {dataset.source}")
     return dataset
 
-
+# %% ../../nbs/data/04_datasets.ipynb #5f8f603e
 _UNREACHABLE = set()
 _UNASKED_BYTES = 1 << 28      # larger sets are not downloaded unasked
 
@@ -337,7 +337,7 @@ def _located(info, data):
         located = Located(path, _shown(path), verify_file(path, info))
     return located
 
-# %% ../../nbs/data/04_datasets.ipynb #02e8f71c
+# %% ../../nbs/data/04_datasets.ipynb #f68550ba
 def _phantom(info, n, seed):
     """Phantom radiographs in the image size of `info`; ordinal sets get grades by the size of the planted opacity."""
     from medimg.data.phantom import PHANTOM_VERSION
@@ -373,7 +373,7 @@ def _cohort(n, seed, size=64):
         np.savez_compressed(tmp, **kept)
     return kept
 
-
+# %% ../../nbs/data/04_datasets.ipynb #f5917bd8
 def _resized(images, shape):
     import cv2
     size = (shape[1], shape[0])

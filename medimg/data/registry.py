@@ -18,7 +18,7 @@ TASKS = ("binary", "multiclass", "multilabel", "ordinal", "segmentation", "detec
 #: How the images of a set come to a user.
 KINDS = ("npz", "archive", "tcia", "user", "derived", "made")
 
-# %% ../../nbs/data/04a_registry.ipynb #e4ff7d97
+# %% ../../nbs/data/04a_registry.ipynb #88cf6620
 @dataclass(frozen=True)
 class DatasetInfo:
     """One row of the registry: source, checksum, licence, citation and what to expect inside.
@@ -49,7 +49,7 @@ class DatasetInfo:
     how: str = ""               # how to get it where it cannot simply be downloaded
     problems: tuple = ()        # known faults and confounds, one sentence each
     sha256: str | None = None   # recorded by us at the first reading, where the source publishes no checksum
-    source: str | None = None   # registry name of the set that a derived one is computed from
+    source: str | None = None   # the set that a derived one is computed from; the collection's name at TCIA
     filename: str = ""          # file name where no url tells it
 
     @property
@@ -152,16 +152,16 @@ _ARCHIVES = (
                           "benign (433) equals malignant (145) pixel for pixel: one image, two labels",
                           "callipers and text are burnt into many images of lesions: a possible shortcut")))
 
-# %% ../../nbs/data/04a_registry.ipynb #fe7fd834
+# %% ../../nbs/data/04a_registry.ipynb #ebcee52f
 _TCIA_PAGE = "https://www.cancerimagingarchive.net/collection/"
 _BY_HAND = (
-    DatasetInfo("nsclc-radiomics", "segmentation", ("background", "GTV-1"), (), licence="CC BY-NC 3.0", patient_key="PatientID", kind="tcia",
+    DatasetInfo("nsclc-radiomics", "segmentation", ("background", "GTV-1"), (), licence="CC BY-NC 3.0", patient_key="PatientID", kind="tcia", source="NSCLC-Radiomics",
                 citation="Aerts et al., Nature Communications 5:4006 (2014), doi:10.1038/ncomms5006; data doi:10.7937/K9/TCIA.2015.PF0M9REI",
-                page=_TCIA_PAGE + "nsclc-radiomics/", how="collection NSCLC-Radiomics, 422 patients, fetched series by series",
+                page=_TCIA_PAGE + "nsclc-radiomics/", how="422 patients, fetched series by series",
                 problems=("RTSTRUCT and SEG come as series of their own; match them by FrameOfReferenceUID",)),
     DatasetInfo("lidc-idri", "detection", ("nodule",), (), licence="CC BY 3.0", citation=f"{_LIDC}; data doi:10.7937/K9/TCIA.2015.LO9QL9SX",
-                patient_key="PatientID", kind="tcia", page=_TCIA_PAGE + "lidc-idri/",
-                how="collection LIDC-IDRI, 1,010 patients, fetched series by series; the readers' marks (XML) are a separate file on its page",
+                patient_key="PatientID", kind="tcia", source="LIDC-IDRI", page=_TCIA_PAGE + "lidc-idri/",
+                how="1,010 patients, fetched series by series; the readers' marks (XML) are a separate file on its page",
                 problems=("8 of 1,010 patients have two CT studies: split by PatientID", "four readers disagree: a nodule is what at least n of them marked")),
     DatasetInfo("rsna-pneumonia", "detection", ("no opacity", "opacity"), (1024, 1024), licence="terms of the RSNA challenge: research and education, not commercial",
                 citation="Shih et al., Radiology: Artificial Intelligence 1:e180041 (2019), doi:10.1148/ryai.2019180041", kind="user",
