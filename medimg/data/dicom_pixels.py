@@ -208,7 +208,7 @@ def _check_frames(header, shape, path):
     if found < frames:
         raise DicomError(f"pixel data are truncated: {found} of {frames} frames", path=path, remedy="copy the file again")
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #844705d0
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #cd26fbfe
 _PREFERRED = {"1.2.840.10008.1.2.5": "pylibjpeg", "1.2.840.10008.1.2.4.80": "pyjpegls", "1.2.840.10008.1.2.4.81": "pyjpegls"}
 _JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
 
@@ -274,12 +274,12 @@ def typed_errors(what: str, path=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except MedimgError:
+    except (MedimgError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:                       # pydicom and the decoders raise many kinds on malformed bytes
+    except BaseException as error:                   # many kinds on malformed bytes; a decoder in Rust panics past `Exception`
         raise DicomError(f"{what} ({type(error).__name__})", path=path, remedy="copy or export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #e4ee6192
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #686a8073
 def _decoder(syntax, path):
     from pydicom.pixels import get_decoder
     try:
@@ -302,8 +302,8 @@ def _packed(decoder, header, shape):
     wanted = wanted if wanted in decoder.available_plugins else ""
     try:
         stored, _ = decoder.as_array(header, decoding_plugin=wanted, allow_excess_frames=False)
-    except Exception:
-        if not wanted:
+    except BaseException as error:
+        if not wanted or isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         stored, _ = decoder.as_array(header, allow_excess_frames=False)
     return stored.reshape(*shape[:3], *([3] if shape[3] == 3 else []))
