@@ -200,10 +200,10 @@ def test_16_bit_colour_keeps_its_brightness(tmp_path):
 
 
 def test_a_deflated_bomb_is_refused_early(tmp_path, monkeypatch):
-    from medimg.data import dicom
+    from medimg.data import dicom_pixels
     ds = pydicom.dcmread(get_testdata_file("image_dfl.dcm"))
     assert read(get_testdata_file("image_dfl.dcm")).shape == (1, ds.Rows, ds.Columns)
-    monkeypatch.setattr(dicom, "MAX_DEFLATED_BYTES", 10_000)
+    monkeypatch.setattr(dicom_pixels, "MAX_DEFLATED_BYTES", 10_000)
     with pytest.raises(DicomError, match="unfolds"):
         read_header(get_testdata_file("image_dfl.dcm"))
 
@@ -345,7 +345,8 @@ def test_pydicom_own_files_all_read_or_are_refused_by_type():
     for path in sorted((Path(pydicom.data.__file__).parent / "test_files").glob("*.dcm")):
         name = path.name
         try:
-            outcome[name] = read(path).shape
+            found = read(path)
+            outcome[name] = (found[0] if isinstance(found, list) else found).shape
         except DicomError as error:
             outcome[name] = type(error).__name__
     assert len(outcome) >= 60 and sum(isinstance(v, tuple) for v in outcome.values()) >= 30, outcome

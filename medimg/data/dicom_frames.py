@@ -95,7 +95,7 @@ def _functional_plane(number, frame, shared, pointers):
                  _floats(facing.get("ImageOrientationPatient") or facing.get("ImageOrientationVolume"), 6),
                  _floats(measures.get("PixelSpacing"), 2), rescale, labels, float(measures.get("SliceThickness") or 0) or None)
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #f7256325
+# %% ../../nbs/data/02g_dicom_frames.ipynb #252fb0d8
 def rescale_type(header) -> str:
     """The Rescale Type (0028,1054) of an enhanced multi-frame object, such as `HU`, or an empty text.
 
@@ -120,11 +120,13 @@ def _dimensions(header):
 
 
 def _floats(values, n):
-    values = tuple(float(v) for v in _many(values))
+    values = tuple(map(float, _many(values)))
     return values if len(values) == n and all(map(math.isfinite, values)) else None
 
 
 def _many(value):
+    if type(value) is tuple:
+        return value
     return () if value is None else tuple(value) if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else (value,)
 
 
@@ -269,7 +271,7 @@ def cut_mosaic(image, n: int) -> np.ndarray:
     rows, columns = image.shape[0] // side, image.shape[1] // side
     return image.reshape(side, rows, side, columns).swapaxes(1, 2).reshape(side * side, rows, columns)[:n]
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #4401f29b
+# %% ../../nbs/data/02g_dicom_frames.ipynb #9d8c9afc
 def planes_of(header) -> tuple:
     """The pictures in a file of any kind.
 
@@ -304,18 +306,20 @@ def planes_of(header) -> tuple:
     n = int(header.get("NumberOfFrames") or 1)
     if not 1 <= n <= MAX_FRAMES:
         raise DicomError(f"{n} frames", path=getattr(header, "filename", None), remedy=f"at most {MAX_FRAMES} are read")
+    if "SegmentSequence" in header:                       # its frames are masks, read by medimg.data.segmentations
+        return [Plane(0, None, None, None)], size
     if is_mosaic(header):
         return mosaic_planes(header.full() if hasattr(header, "full") else header)
-    if header.get("PerFrameFunctionalGroupsSequence"):
-        return functional_planes(header), size
+    if "PerFrameFunctionalGroupsSequence" in header:
+        return functional_planes(header.full() if hasattr(header, "full") else header), size
     position, orientation = _floats(header.get("ImagePositionPatient"), 3), _floats(header.get("ImageOrientationPatient"), 6)
     thick = float(header.get("SliceThickness") or 0) or None
     spacing = _floats(header.get("PixelSpacing"), 2) or _floats(header.get("ImagerPixelSpacing"), 2)
     spacing = spacing if spacing and min(spacing) > 0 else None
     rescale = (float(header.get("DoseGridScaling") or 1), 0.0) if header.get("Modality") == "RTDOSE" else None
-    offsets = _many(header.get("GridFrameOffsetVector"))
     if n == 1:
         return [Plane(0, position, orientation, spacing, rescale, None, thick)], size
+    offsets = _many(header.get("GridFrameOffsetVector"))
     if len(offsets) == n and position and orientation:
         normal, along = np.cross(orientation[:3], orientation[3:]), np.array(offsets, float)
         along = along - along[0] if abs(along[0]) > 0 else along                      # the older kind names places, not offsets

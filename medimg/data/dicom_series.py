@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Series', 'SeriesTable', 'group_key', 'is_localizer', 'series_of']
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #91dfcd84
+# %% ../../nbs/data/02i_dicom_series.ipynb #bc2a0018
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ class SeriesTable(list):
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #13c99886
+# %% ../../nbs/data/02i_dicom_series.ipynb #a7108303
 def group_key(header, planes, size) -> tuple:
     """What all images of one stack have in common; images with different keys go to different rows.
 
@@ -112,10 +113,14 @@ def group_key(header, planes, size) -> tuple:
     ('CT', (128, 128), 1)
     """
     first = planes[0]
-    orientation = first.orientation and tuple(round(v, 3) for v in first.orientation)
-    spacing = first.spacing_mm and tuple(round(v, 5) for v in first.spacing_mm)
+    orientation, spacing = first.orientation and _rounded(first.orientation, 3), first.spacing_mm and _rounded(first.spacing_mm, 5)
     return (str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", "")), str(header.get("Modality", "")), size,
             int(header.get("SamplesPerPixel") or 1), orientation or (), is_localizer(header), spacing or (), str(header.get("FrameOfReferenceUID", "")))
+
+
+@lru_cache(4096)
+def _rounded(values, digits):
+    return tuple(round(v, digits) + 0.0 for v in values)        # + 0.0 makes -0.0 equal 0.0 in text as well
 
 
 def is_localizer(header) -> bool:
@@ -172,7 +177,7 @@ def _stacks(members, headers, distances):
             found += [(facts, [[members[i] for i in indices]]) for facts, indices in times]
     return found
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #b8b0c4a5
+# %% ../../nbs/data/02i_dicom_series.ipynb #e3108534
 def series_of(group) -> list:
     """The rows that a group of files with one key makes.
 
@@ -209,9 +214,9 @@ def series_of(group) -> list:
     members = [(i, plane) for i, (_, _, planes, _) in enumerate(group) for plane in planes]
     views = {}
     for i, plane in members:
-        views.setdefault((plane.orientation and tuple(round(v, 3) for v in plane.orientation), plane.spacing_mm), []).append((i, plane))
+        views.setdefault((plane.orientation and _rounded(plane.orientation, 3), plane.spacing_mm), []).append((i, plane))
     rows = [row for view in views.values() for row in _rows(view, group, facts, size)]
-    extra = [Finding("copy", "info", f"{copies} files are copies of others (same SOP Instance UID) and count once")] if copies else []
+    extra = [Finding("copy", "info", f"copies of other files (same SOP Instance UID), left out: {copies}")] if copies else []
     extra += [Finding("localizer", "info", "a scout view, not a stack to measure in")] if is_localizer(header) else []
     return [replace(row, findings=(*row.findings, *extra)) for row in rows]
 
