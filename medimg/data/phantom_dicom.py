@@ -44,12 +44,12 @@ def phantom_uid(seed: int, *role) -> str:
     digest = sha256_of("/".join(map(str, ("medimg phantom", seed, *role))).encode())
     return f"2.25.{uuid.UUID(hex=digest[:32], version=4).int}"
 
-# %% ../../nbs/data/03b_phantom_dicom.ipynb #6b7c7f94
+# %% ../../nbs/data/03b_phantom_dicom.ipynb #207fc96b
 def _common(volume, seed, role, sop_class, modality):
     """A data set with the patient, study, series and equipment modules."""
     from pydicom.dataset import Dataset
     meta, ds = volume.meta, Dataset()
-    age = int(meta.get("patient_age_years") or 60)
+    age, model = int(meta.get("patient_age_years") or 60), meta.get("model") or "thorax phantom v1"
     day = datetime.date(2020, 1, 1) + datetime.timedelta(days=int(stream(seed, "date").integers(1400)))
     fields = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": sop_class, "Modality": modality,
               "PatientName": f"PHANTOM^SEED {seed}", "PatientID": f"PHANTOM-{seed}", "PatientSex": meta.get("patient_sex") or "O",
@@ -59,8 +59,8 @@ def _common(volume, seed, role, sop_class, modality):
               "StudyDate": f"{day:%Y%m%d}", "StudyTime": "080000", "ContentDate": f"{day:%Y%m%d}", "ContentTime": "080000",
               "AcquisitionDate": f"{day:%Y%m%d}", "AcquisitionTime": "080000", "StudyID": "1", "AccessionNumber": "", "ReferringPhysicianName": "",
               "StudyDescription": "Invented patient", "SeriesDescription": meta.get("description", ""), "BodyPartExamined": "CHEST",
-              "Manufacturer": "medimg", "ManufacturerModelName": meta.get("model") or "thorax phantom v1",
-              "DeviceSerialNumber": str(seed), "SoftwareVersions": "1"}
+              "Manufacturer": "medimg", "ManufacturerModelName": model,
+              "DeviceSerialNumber": str(seed), "SoftwareVersions": model, "ImageComments": f"medimg {model}, invented patient; research use only"}
     for keyword, value in fields.items():
         setattr(ds, keyword, value)
     return ds
@@ -136,7 +136,7 @@ def write_ct(volume, folder, *, seed: int = 0) -> list:
         pages.append(_save(ds, Path(folder) / f"ct_{k + 1:04d}.dcm"))
     return pages
 
-# %% ../../nbs/data/03b_phantom_dicom.ipynb #08624996
+# %% ../../nbs/data/03b_phantom_dicom.ipynb #64ebd9a1
 def _ct_slice(volume, k, seed):
     from pydicom.uid import CTImageStorage
     ds, spacing = _common(volume, seed, "ct", CTImageStorage, "CT"), volume.spacing_mm
@@ -147,7 +147,7 @@ def _ct_slice(volume, k, seed):
               "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PatientPosition": "HFS", "PositionReferenceIndicator": "",
               "FrameOfReferenceUID": phantom_uid(seed, "frame"), "ImagePositionPatient": _decimals(position),
               "ImageOrientationPatient": _decimals([*right, *down]), "PixelSpacing": _decimals(spacing[1:]),
-              "SliceThickness": _decimals(spacing[:1])[0], "SliceLocation": _decimals(position[2:])[0],
+              "SliceThickness": _decimals([volume.meta.get("slice_thickness_mm") or spacing[0]])[0], "SliceLocation": _decimals(position[2:])[0],
               "SpacingBetweenSlices": _decimals(spacing[:1])[0], "RescaleIntercept": "-1024", "RescaleSlope": "1", "RescaleType": "HU",
               "WindowCenter": _decimals([center])[0], "WindowWidth": _decimals([width])[0], "KVP": "120",
               "ConvolutionKernel": volume.meta.get("kernel") or "ramp"}
