@@ -138,7 +138,7 @@ def _linear(n, m):
     q = np.linspace(0, m - 1, n)[:, None] - np.arange(m)
     return np.maximum(1 - np.abs(q), 0).astype(np.float32)
 
-# %% ../../nbs/data/03_phantom.ipynb #908f293a
+# %% ../../nbs/data/03_phantom.ipynb #83681789
 def _add_tubes(an, hu, labels, axes, spacing_mm):
     step = min(1.0 * min(spacing_mm), 2.0) * 0.75
     for name, segments, flatness, shell, core, _ in [*tubes(an), ("vessel", twigs(an), 1.0, 45, 45, -850)]:
@@ -175,12 +175,12 @@ def _add_nodule(nodule, label, hu, labels, axes, spacing_mm):
 
 
 def _strands(nodule, step, count=14):
-    """Beads of spicules: cones that leave the ball evenly in all directions and end 4 to 8 mm away from it."""
+    """Beads of spicules: cones that leave the ball evenly in all directions and end 5 to 9 mm away from it."""
     k = np.arange(count) + 0.5
     up, turn, radius = 1 - 2 * k / count, np.pi * (1 + 5**0.5) * k, nodule.diameter_mm / 2
     ray = np.stack([up, np.sqrt(1 - up**2) * np.sin(turn), np.sqrt(1 - up**2) * np.cos(turn)], 1)
-    centre, length = np.array(nodule.centroid_mm[::-1]), radius + 4 + 4 * (k * 0.618 % 1)
-    return beads((centre + 0.8 * radius * ray, centre + length[:, None] * ray, np.full(count, 1.1), np.full(count, 0.4)), step)
+    centre, length = np.array(nodule.centroid_mm[::-1]), radius + 5 + 4 * (k * 0.618 % 1)
+    return beads((centre + 0.8 * radius * ray, centre + length[:, None] * ray, np.full(count, 1.8), np.full(count, 0.8)), step)
 
 # %% ../../nbs/data/03_phantom.ipynb #24dafb8f
 def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int = 6) -> np.ndarray:
