@@ -6,8 +6,9 @@
 __all__ = ['Sample', 'generator', 'Transform', 'Warp', 'move_boxes', 'Compose', 'apply_steps', 'replay', 'Flip', 'Affine',
            'Elastic', 'Crop', 'Mixup']
 
-# %% ../../nbs/data/07_augment.ipynb #58b9e44c
+# %% ../../nbs/data/07_augment.ipynb #f526bd8c
 import hashlib
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -235,42 +236,49 @@ class Warp:
             changed["affine"] = sample.affine @ step
         return replace(sample, **changed)
 
-# %% ../../nbs/data/07_augment.ipynb #19657c9b
+# %% ../../nbs/data/07_augment.ipynb #a0813024
 def _copied(sample, warp):
     """Image and mask when the matrix moves whole voxels to whole voxels; None when something must be interpolated."""
-    d = len(warp.shape)
-    linear, shift = warp.matrix[:d, :d], warp.matrix[:d, d]
-    if warp.field is not None or abs(abs(linear).sum() - d) > 1e-9 or abs(warp.matrix - np.rint(warp.matrix)).max() > 1e-9:
+    d, moves = len(warp.shape), []
+    if warp.field is not None:
         return None
-    linear, shift = np.rint(linear).astype(int), np.rint(shift).astype(int)
-    from_axis = abs(linear).argmax(1)                      # input axis i runs along output axis from_axis[i]
-    index = [linear[i, a] * np.arange(warp.shape[a]) + shift[i] for i, a in enumerate(from_axis)]
-    return tuple(None if array is None else _take(array, index, np.argsort(from_axis), fill)
+    for row in warp.matrix[:d].tolist():                   # plain numbers: this runs for every sample
+        whole = [round(v) for v in row]
+        if sum(map(abs, whole[:d])) != 1 or any(abs(v - w) > 1e-9 for v, w in zip(row, whole)):
+            return None
+        axis = next(k for k in range(d) if whole[k])       # this input axis runs along output axis `axis`
+        moves.append((axis, whole[axis], whole[d]))
+    return tuple(None if array is None else _take(array, moves, warp.shape, fill)
                  for array, fill in ((sample.image, warp.fill), (sample.mask, "edge" if warp.fill == "edge" else 0)))
 
 
-def _take(array, index, order, fill):
+def _take(array, moves, shape, fill):
     """Voxels at whole indices along each input axis, then the axes in output order."""
-    for axis, (i, n) in enumerate(zip(index, array.shape)):
-        inside = np.clip(i, 0, n - 1)
-        if (inside == i).all():                            # a view, with a step of 1 or -1
-            stop = i[-1] + (1 if len(i) < 2 or i[1] > i[0] else -1)
-            cut = slice(i[0], stop if stop >= 0 else None, 1 if stop > i[-1] else -1)
-            array = array[(slice(None),) * axis + (cut,)]
-        else:
-            array = np.take(array, inside, axis)
-            if fill != "edge":
-                array[(slice(None),) * axis + (inside != i,)] = fill
-    return _contiguous(array.transpose(*order, *range(len(order), array.ndim)))
+    for k, (axis, step, start) in enumerate(moves):
+        here, last = (slice(None),) * k, start + step * (shape[axis] - 1)
+        if min(start, last) >= 0 and max(start, last) < array.shape[k]:
+            array = array[(*here, slice(start, last + step if last + step >= 0 else None, step))]
+            continue
+        index = start + step * np.arange(shape[axis])
+        inside = np.clip(index, 0, array.shape[k] - 1)
+        array = np.take(array, inside, k)
+        if fill != "edge":
+            array[(*here, inside != index)] = fill
+    order = [axis for axis, _, _ in moves]
+    if order != sorted(order):
+        array = array.transpose(*(order.index(k) for k in range(len(order))), *range(len(order), array.ndim))
+    return _contiguous(array)
 
 
 def _contiguous(array):
-    """A C-ordered copy; rows that are read backwards are turned by OpenCV, three times as fast."""
-    if array.ndim in (2, 3) and array.strides[-1] == -array.itemsize and array.dtype in (np.float32, np.uint8, np.int16):
-        import cv2
-        forward = np.ascontiguousarray(array[..., ::-1])
-        return cv2.flip(forward.reshape(-1, forward.shape[-1]), 1).reshape(array.shape)
-    return np.ascontiguousarray(array)
+    """A C-ordered copy; rows that are read backwards are turned by OpenCV, three times as fast as by NumPy."""
+    if not (array.ndim in (2, 3) and array.strides[-1] == -array.itemsize and array.dtype in (np.float32, np.uint8, np.int16)):
+        return np.array(array, order="C")
+    import cv2
+    width, back = array.shape[-1], array[(slice(None, None, -1),) * array.ndim]
+    if back.flags.c_contiguous:                            # backwards along every axis
+        return cv2.flip(back.reshape(-1, width), -1).reshape(array.shape)
+    return cv2.flip(np.ascontiguousarray(array[..., ::-1]).reshape(-1, width), 1).reshape(array.shape)
 
 # %% ../../nbs/data/07_augment.ipynb #e228f659
 def _warp_flat(sample, warp):
@@ -544,7 +552,7 @@ def _left_right(sample):
         return 2
     return next(k for k, letter in enumerate(orientation_of(sample.affine)) if letter in "LR")
 
-# %% ../../nbs/data/07_augment.ipynb #91c55ce9
+# %% ../../nbs/data/07_augment.ipynb #02107e4f
 @dataclass(frozen=True)
 class Affine(Transform):
     """Rotate, scale and shift about the image's centre, in degrees and mm.
@@ -599,8 +607,7 @@ class Affine(Transform):
     def warp(params, shape, spacing_mm) -> Warp:
         """The move as a `Warp`."""
         d, spacing = len(shape), np.asarray(spacing_mm, float)
-        move = _rotation(params["rotate_deg"], d) * params["scale"]
-        back = np.linalg.inv(move) * spacing / spacing[:, None]
+        back = _rotation(params["rotate_deg"], d).T * (spacing / spacing[:, None]) / params["scale"]
         centre = (np.asarray(shape) - 1) / 2
         matrix = np.eye(d + 1)
         matrix[:d, :d] = np.where(abs(back - np.rint(back)) < 1e-12, np.rint(back), back)
@@ -610,12 +617,11 @@ class Affine(Transform):
 
 def _rotation(angles_deg, d):
     """(d, d) rotation of (z, y, x) or (y, x) vectors in mm: about x, then y, then z."""
-    planes = [(0, 1)] if d == 2 else [(1, 2), (0, 2), (0, 1)]
-    whole = np.eye(d)
-    for angle, (a, b) in zip(np.radians(angles_deg), planes):
-        one = np.eye(d)
-        one[[a, a, b, b], [a, b, a, b]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        whole = whole @ one
+    planes, whole = [(0, 1)] if d == 2 else [(1, 2), (0, 2), (0, 1)], None
+    for angle, (a, b) in zip(angles_deg, planes):
+        one, cos, sin = np.eye(d), math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        one[a, a], one[a, b], one[b, a], one[b, b] = cos, -sin, sin, cos
+        whole = one if whole is None else whole @ one
     return whole
 
 

@@ -6,7 +6,7 @@
 __all__ = ['normal_noise', 'Noise', 'Blur', 'gaussian', 'Gamma', 'Contrast', 'Cutout', 'LowResolution', 'BiasField', 'Ghosting',
            'Spike', 'Dose']
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #9e559a36
+# %% ../../nbs/data/07c_augment_grey.ipynb #4ec68450
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -141,8 +141,12 @@ def gaussian(image, sigma) -> np.ndarray:
     edge = {"borderType": cv2.BORDER_REPLICATE}
     if deep and len(deep[0]) > 1:       # along z, every (y, x) is a column of one wide image
         image = cv2.sepFilter2D(image.reshape(shape[0], -1), -1, one, deep[0], **edge).reshape(shape)
-    for_slices = image.reshape(-1, *shape[-2:]) if deep and len(shape) == 3 else image if deep else image[None]
-    return np.stack([cv2.sepFilter2D(s, -1, across, down, **edge).reshape(s.shape) for s in for_slices]).reshape(shape)
+    if not deep:
+        return cv2.sepFilter2D(image, -1, across, down, **edge).reshape(shape)
+    out = np.empty(shape, np.float32)
+    for plane, filtered in zip(image, out):
+        cv2.sepFilter2D(plane, -1, across, down, filtered, **edge)
+    return out
 
 
 def _kernel(sigma):
@@ -152,7 +156,7 @@ def _kernel(sigma):
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return (weights / weights.sum()).astype(np.float32)
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #70fd4178
+# %% ../../nbs/data/07c_augment_grey.ipynb #f08ff153
 @dataclass(frozen=True)
 class Gamma(Transform):
     """Bend the grey scale between the image's own minimum and maximum, which stay.
@@ -189,7 +193,9 @@ class Gamma(Transform):
         low, high, _, _ = cv2.minMaxLoc(flat.reshape(flat.shape[0], -1))
         if high <= low:
             return sample
-        part = cv2.pow(np.maximum((flat - np.float32(low)) * np.float32(1 / (high - low)), 0), params["gamma"])
+        part = flat - np.float32(low)
+        part *= np.float32(1 / (high - low))
+        cv2.pow(part, params["gamma"], part)
         part *= np.float32(high - low)
         part += np.float32(low)
         return _changed(sample, part.reshape(sample.image.shape))
@@ -290,7 +296,7 @@ class Cutout(Transform):
             image[tuple(slice(a, b) for a, b in zip(low, high))] = value
         return _changed(sample, image)
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #a1f16a06
+# %% ../../nbs/data/07c_augment_grey.ipynb #d2cb28b9
 @dataclass(frozen=True)
 class LowResolution(Transform):
     """As if scanned with larger voxels: averaged to a coarser grid, then interpolated back.
@@ -331,23 +337,36 @@ class LowResolution(Transform):
     @staticmethod
     def apply(sample, params):
         """The sample with less detail."""
-        coarse, shape = params["coarse"], sample.shape
-        image = sample.image
-        if len(shape) == 3 and coarse[0] < shape[0]:
-            image = _resized(image.reshape(shape[0], -1), (coarse[0], image[0].size), shape[0]).reshape(image.shape)
-        if coarse[-2:] != list(shape[-2:]):
-            slices = image if len(shape) == 3 else image[None]
-            image = np.stack([_resized(s, coarse[-2:]) for s in slices]).reshape(sample.image.shape)
-        return _changed(sample, image)
+        import cv2
+        coarse, shape, image = params["coarse"], sample.shape, sample.image
+        if len(shape) == 2:
+            return _changed(sample, _resized(_resized(image, coarse, cv2.INTER_AREA), shape, cv2.INTER_LINEAR).reshape(image.shape))
+        if coarse[1:] != list(shape[1:]):                   # down along all axes first, then up: the middle steps are small
+            image = np.stack([_resized(plane, coarse[1:], cv2.INTER_AREA) for plane in image])
+        if coarse[0] != shape[0]:
+            image = np.tensordot(_up(coarse[0], shape[0]) @ _down(shape[0], coarse[0]), image, 1)
+        if coarse[1:] != list(shape[1:]):
+            image = np.stack([_resized(plane, shape[1:], cv2.INTER_LINEAR) for plane in image])
+        return _changed(sample, image.reshape(sample.image.shape))
 
 
-def _resized(image, coarse, rows=None):
-    """Area-averaged to `coarse` (y, x) and back."""
+def _resized(image, shape, how):
     import cv2
-    if rows and image.shape[1] > 32000:                     # OpenCV's limit on a width
-        return np.concatenate([_resized(part, (coarse[0], part.shape[1]), rows) for part in np.array_split(image, -(-image.shape[1] // 32000), 1)], 1)
-    small = cv2.resize(image, coarse[::-1], interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR).reshape(image.shape)
+    return cv2.resize(image, tuple(shape[::-1]), interpolation=how)
+
+
+def _down(n, coarse):
+    """(coarse, n) weights of averaging over `coarse` equal stretches of n voxels."""
+    edges = np.arange(coarse + 1) * n / coarse
+    voxels = np.arange(n)
+    overlap = np.minimum(edges[1:, None], voxels + 1) - np.maximum(edges[:-1, None], voxels)
+    return (np.maximum(overlap, 0) * coarse / n).astype(np.float32)
+
+
+def _up(coarse, n):
+    """(n, coarse) weights of linear interpolation between the middles of the stretches."""
+    at = np.clip((np.arange(n) + 0.5) * coarse / n - 0.5, 0, coarse - 1)
+    return np.maximum(1 - abs(at[:, None] - np.arange(coarse)), 0).astype(np.float32)
 
 # %% ../../nbs/data/07c_augment_grey.ipynb #79fb81a1
 @dataclass(frozen=True)
