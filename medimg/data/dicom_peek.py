@@ -207,7 +207,7 @@ def _skip(source, place, explicit, depth=0):
                 head, length, vr = _element(source, place, True)
             place = _skip(source, head, explicit and vr != b"UN", depth + 1) if length == _OPEN else head + length
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #8a3603a5
+# %% ../../nbs/data/02e_dicom_peek.ipynb #972d6d8b
 def _walk(source, path):
     syntax, place = _syntax(source)
     explicit, raw, before, data, size = syntax != _IMPLICIT, {}, 0, source.data, source.size
@@ -228,8 +228,8 @@ def _walk(source, path):
         if order <= before:
             raise _Doubt
         before = order
-        if order >= 0x7FE00000:
-            if tag == _PIXELS and length != _OPEN and head + length == size and syntax in (_IMPLICIT, _EXPLICIT):
+        if tag == _PIXELS:
+            if length != _OPEN and head + length == size and syntax in (_IMPLICIT, _EXPLICIT):
                 span = (head, length)
             break
         end = head + length if length != _OPEN else _skip(source, head, explicit and vr != b"UN")
