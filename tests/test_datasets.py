@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medimg.data import datasets as ds
+from medimg.data import splits as sp
+from medimg.data.datasheets import datasheet, list_datasets
 from medimg.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,3 +295,123 @@ def test_split_prints_its_proof(capsys):
 def test_bad_patients(patients, labels, more, word):
     with pytest.raises(DatasetError, match=word):
         ds.split_by_patient(patients, labels, quiet=True, **more)
+
+
+# ---------------------------------------------------------------- folds that only grow
+
+def cohort(n_patients, per=2, seed=0, known=True):
+    """Random small images; labels by patient; without ids every image is its own group."""
+    rng = np.random.default_rng(seed)
+    people = np.repeat(np.arange(n_patients), per)
+    images = np.stack([np.random.default_rng(1000 + i).integers(0, 256, (4, 4), dtype="uint8") for i in range(len(people))])
+    return ds.ImageDataset("study", images, (people % 3 == 0).astype(int), rng.choice(["train"], len(people)), classes=("no", "yes"),
+                           patient_ids=[f"patient {p}" for p in people] if known else None)
+
+
+def test_a_hundred_thousand_rows_stay_while_twenty_thousand_join(tmp_path):
+    """DESIGN §6: no patient on two sides, and adding data moves nobody, neither in the test fold (by hash) nor elsewhere (by the file)."""
+    rng = np.random.default_rng(0)
+    patients, labels = np.array([f"P{p}" for p in rng.integers(0, 36_000, 120_000)]), rng.integers(0, 2, 120_000)
+    images = np.zeros((120_000, 1, 4), "uint8")
+    images[:, 0] = np.arange(120_000)[:, None] // 256 ** np.arange(4) % 256
+    whole = ds.ImageDataset("big", images, labels, np.full(120_000, "train"), classes=("a", "b"), patient_ids=patients)
+    first = ds.select(whole, np.sort(rng.permutation(120_000)[:100_000]))
+    file = tmp_path / "splits.json"
+    before, after, without = sp.make_splits(first, file=file, quiet=True), sp.make_splits(whole, file=file, quiet=True), sp.make_splits(whole, quiet=True)
+    was = dict(zip(before.image_ids.tolist(), before.splits.tolist()))
+    assert all(was[i] == s for i, s in zip(after.image_ids.tolist(), after.splits.tolist()) if i in was)
+    assert ((after.splits == "test") == (without.splits == "test")).all()
+    for d in (before, after):
+        sets = [set(d.patient_ids[d.splits == s].tolist()) for s in ds.SPLITS]
+        assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+        assert [abs((d.splits == s).mean() - f) < 0.01 for s, f in zip(ds.SPLITS, (0.7, 0.1, 0.2))] == [True] * 3
+    assert "P1" not in file.read_text().replace("splits", "")
+
+
+def test_groups_of_near_copies_stay_together():
+    rng = np.random.default_rng(0)
+    smooth = np.stack([np.kron(rng.integers(0, 200, (6, 6)), np.ones((8, 8))) for _ in range(60)]).astype("uint8")
+    images = np.concatenate([smooth, (smooth * 0.8 + 20).astype("uint8"), np.roll(smooth, 1, axis=2)])
+    d = ds.ImageDataset("frames", images, np.tile(np.arange(60) % 2, 3), ["train"] * 180, classes=("a", "b"), meta={"who": np.tile(np.arange(60), 3)})
+    done = sp.make_splits(d, quiet=True)
+    assert done.meta["interval"] == "image-level"
+    assert all(len(set(done.splits[done.meta["who"] == w])) == 1 for w in range(60))
+
+
+def test_a_new_image_that_joins_two_groups_pulls_nobody_out_of_the_test_fold(tmp_path):
+    groups, keys = np.array(["g"] * 4), np.array(["a", "b", "c", "d"])
+    stored = {"name": "n", "folds": {"a": "train", "b": "test", "c": "val"}}
+    assert sp._kept(stored, groups, keys, np.array(["train"] * 4), {"name": "n"}).tolist() == ["test"] * 4
+    assert sp._kept({"name": "n", "folds": {}}, groups, keys, np.array(["val"] * 4), {"name": "n"}).tolist() == ["val"] * 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "name": 1, "unit": 2, "fractions": 3, "seed": 4, "folds": {"dev": []}}',
+                                  '{"format": 1, "name": 1, "unit": 2, "fractions": 3, "seed": 4, "folds": {"train": ["a"], "test": ["a"]}}',
+                                  '{"format": 1, "name": 1, "unit": 2, "fractions": 3, "seed": 4, "folds": {"train": [1]}}', "[" * 100_000, "\xff"])
+def test_damaged_splits_files(tmp_path, text):
+    (tmp_path / "splits.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DatasetError, match="splits.json: not a splits file"):
+        sp.make_splits(cohort(40), file=tmp_path / "splits.json", quiet=True)
+
+
+def test_a_splits_file_is_for_one_set_and_one_rule(tmp_path, capsys):
+    file = tmp_path / "splits.json"
+    sp.make_splits(cohort(60), file=file)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["class", "train", "val", "test"] and out.splitlines()[-1].startswith("patients")
+    assert sum(map(int, out.splitlines()[-1].split()[1:])) == 60
+    for other, more in ((cohort(60), {"fractions": (0.6, 0.2, 0.2)}), (cohort(60, known=False), {})):
+        with pytest.raises(DatasetError, match="has another"):
+            sp.make_splits(other, file=file, quiet=True, **more)
+
+
+def test_counts_of_many_labels_with_unknown_ones():
+    labels = np.array([[1, np.nan], [0, 1], [1, 1]])
+    d = ds.ImageDataset("m", np.arange(48, dtype="uint8").reshape(3, 4, 4), labels, ["train", "val", "test"], "multilabel", ("a", "b"))
+    assert sp.class_counts(d).tolist() == [[1, 0, 1], [0, 1, 1]]
+
+
+# ---------------------------------------------------------------- masks, boxes, sheets
+
+@pytest.mark.parametrize("more, word", [
+    ({"task": "segmentation"}, "needs masks"), ({"task": "detection"}, "needs boxes"), ({"task": "segmentation", "masks": np.full((2, 4, 4), 7)}, "0 to 1"),
+    ({"task": "detection", "boxes": np.zeros((2, 4))}, "boxes are"), ({"task": "detection", "boxes": np.zeros((2, 1, 4), int)}, "boxes are"),
+    ({"boxes": np.zeros((3, 1, 4))}, "boxes")])
+def test_truth_must_fit_the_task(more, word):
+    with pytest.raises(DatasetError, match=word):
+        ds.ImageDataset("bad", np.zeros((2, 4, 4), "uint8"), [0, 1], ["train", "val"], classes=("a", "b"), **more)
+
+
+def test_boxes_follow_their_images():
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4), dtype="uint8")
+    boxes = images[:, :1].astype("float32").reshape(9, 1, 4)
+    d = ds.ImageDataset("b", images, np.zeros(9, int), ["train"] * 5 + ["test"] * 4, "detection", ("none", "some"), boxes=boxes)
+    for part in (d, d.split("test"), d.take(4)):
+        assert (part.boxes[:, 0] == part.images[:, 0]).all()
+
+
+def test_a_sheet_says_what_is_there(data_root):
+    sheet = datasheet("pneumoniamnist", data="real")
+    text = sheet.markdown()
+    raw = np.load(data_root / "medmnist/pneumoniamnist.npz")
+    assert sheet.counts.tolist() == [[int((raw[f"{s}_labels"] == k).sum()) for s in ds.SPLITS] for k in (0, 1)]
+    assert sheet.shared == 8 and round(sheet.majority, 4) == 0.625
+    for word in ("CC BY 4.0", "Yang", "| normal | 1214 | 135 | 234 |", "8 images lie in train and in val", "image-level", "research use", "8 groups"):
+        assert word in text
+    assert sheet.picture().png.startswith(b"\x89PNG") and str(data_root) not in text
+    films = datasheet("nih-cxr-1000", data="real")
+    from scipy.stats.contingency import association
+    d = films.dataset
+    table = np.array([[((d.meta["view"] == v) & (d.labels == k)).sum() for k in (0, 1)] for v in ("AP", "PA")])
+    assert abs(films.confounds["view"][0] - association(table, method="cramer")) < 1e-12
+    assert "| AP | 68% | 45% |" in films.markdown()
+
+
+def test_every_registered_set_is_listed(site, monkeypatch):
+    rows = {r["name"]: r for r in list_datasets()}
+    assert rows.keys() == ds.REGISTRY.keys() and not any(r["found"] for r in rows.values())
+    (site / "deep/er").mkdir(parents=True)
+    (site / "deep/er/octmnist_64.npz").write_bytes(b"x")
+    (site / "busi").mkdir()
+    rows = {r["name"]: r for r in list_datasets()}
+    assert rows["octmnist-64"]["found"] == "$MEDIMG_DATA/deep/er/octmnist_64.npz" and rows["busi"]["found"] == "$MEDIMG_DATA/busi" and not rows["octmnist"]["found"]

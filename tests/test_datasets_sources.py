@@ -1,7 +1,10 @@
 """Where data sets come from: registry, proof of bytes, downloads, archives, TCIA. Independent references: hashlib, zipfile, a local server."""
 import contextlib
+import csv
 import hashlib
+import importlib.util
 import io
+import json
 import tarfile
 import threading
 import time
@@ -15,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medimg.data import datasets as ds
-from medimg.data import downloads, registry
+from medimg.data import derived, downloads, registry, tcia
 from medimg.errors import ChecksumError, DatasetError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -416,3 +419,207 @@ def test_large_sets_are_not_downloaded_unasked(site, monkeypatch):
     assert ds.load_dataset("chestmnist-224", n=4, quiet=True).name == "phantom-cxr"
     with pytest.raises(DatasetError, match="no phantom stands in"):
         ds.load_dataset("nodulemnist3d-64", quiet=True)
+
+
+# ---------------------------------------------------------------- derived sets
+
+def test_facts_of_the_derived_sets(data_root):
+    """Numbers of the data folder's README, and the official box list, read here by other means."""
+    nih = ds.load_dataset("nih-cxr-1000", data="real", quiet=True)
+    assert np.bincount(nih.labels).tolist() == [500, 500] and "SHA-256 verified" in nih.source and str(data_root) not in nih.source
+    ap = nih.meta["view"] == "AP"
+    assert [round(ap[nih.labels == k].mean(), 2) for k in (1, 0)] == [0.45, 0.68]
+    assert all(derived.patient_fold(p) == f for p, f in zip(nih.patient_ids.tolist(), nih.meta["fold"].tolist()))
+    busi = ds.load_dataset("busi-128", data="real", quiet=True)
+    assert np.bincount(busi.labels).tolist() == [133, 437, 210] and busi.meta["interval"] == "image-level"
+    twins = [sorted(busi.meta["image_name"][rows]) for rows in busi.duplicates()]
+    assert ["benign (433)", "malignant (145)"] in twins
+    lungs = ds.load_dataset("cxr-lungs-256", data="real", quiet=True)
+    assert len(lungs) == 582 and set(lungs.meta["fold"][lungs.splits == "test"]) == {3} and not (lungs.meta["fold"][lungs.splits != "test"] == 3).any()
+    assert lungs.masks.dtype == np.uint8 and (lungs.masks.reshape(582, -1).max(axis=1) == 1).all()
+    for d in (nih, lungs):
+        sets = [set(d.patient_ids[d.splits == s].tolist()) for s in ds.SPLITS]
+        assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+    assert all(len(set(busi.splits[busi.meta["group"] == g])) == 1 for g in set(busi.meta["group"].tolist()))
+
+
+def test_other_tasks_of_the_derived_sets(data_root):
+    many = ds.load_dataset("nih-cxr-1000", data="real", task="multilabel", quiet=True)
+    table = {r["image_name"]: r for r in csv.DictReader(open(data_root / "nih_cxr/nih_pneumonia1000_128_meta.csv"))}
+    for name, row in zip(many.meta["image_name"].tolist(), many.labels.tolist()):
+        assert {c for c, v in zip(many.classes, row) if v} == set(table[name]["finding_labels"].split("|")) - {"No Finding"}
+    found = ds.load_dataset("nih-cxr-1000", data="real", task="detection", quiet=True)
+    official = {}
+    for r in csv.reader(open(data_root / "nih_cxr/BBox_List_2017.csv")):
+        if r[1] == "Pneumonia":
+            official.setdefault(r[0], []).append([float(v) for v in r[2:6]])
+    assert len(found) == 543 and found.labels.sum() == 43
+    for name, boxes, label in zip(found.meta["image_name"].tolist(), found.boxes, found.labels.tolist()):
+        known = [[(b[0] + b[2]) * 4, (b[1] + b[3]) * 4] for b in boxes.tolist() if b[0] == b[0]]      # centres at 1024 pixels
+        assert bool(known) == bool(label)
+        wanted = [[y + h / 2, x + w / 2] for x, y, w, h in official.get(name, [])] if label else []
+        np.testing.assert_allclose(sorted(known), sorted(wanted), atol=0.01)
+    lesions = ds.load_dataset("busi-128", data="real", task="segmentation", quiet=True)
+    assert (lesions.labels == (lesions.masks.reshape(780, -1).max(axis=1) > 0)).all() and np.bincount(lesions.labels).tolist() == [133, 647]
+    with pytest.raises(DatasetError, match="known: binary, detection, multilabel"):
+        ds.load_dataset("nih-cxr-1000", data="real", task="nonsense")
+
+
+def png(path, array):
+    """Written by Pillow, so that the reader under test is not its own reference."""
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def official_nih(home, n=12):
+    rng = np.random.default_rng(0)
+    rows, images = [], {}
+    for i in range(n):
+        name, label = f"{i:08d}_000.png", "Edema|Pneumonia" if i % 3 == 0 else "No Finding" if i % 3 == 1 else "Hernia"
+        images[name] = rng.integers(0, 256, (1024, 1024), dtype="uint8")
+        png(home / f"images_{i % 2:03d}" / "images" / name, images[name])
+        rows.append(f"{name},{label},0,{i},{50 + i},{'MF'[i % 2]},{'AP' if i % 2 else 'PA'},2682,2749,0.143,0.143")
+    (home / "Data_Entry_2017_v2020.csv").write_text("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],"
+                                                    "OriginalImagePixelSpacing[x,y]\n" + "\n".join(rows) + "\n")
+    (home / "BBox_List_2017.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000003_000.png,Pneumonia,512,256,64,128,,,\n99999999_000.png,Mass,1,2,3,4,,,\n")
+    return images
+
+
+def test_derive_nih_from_the_source_s_form(tmp_path, site):
+    images = official_nih(tmp_path / "nih")
+    made = derived.derive_nih(tmp_path / "nih", per_class=3)
+    assert made["label"].tolist() == [1, 1, 1, 0, 0, 0] and all("Pneumonia" in t for t in made["finding_labels"][:3])
+    for name, small in zip(made["image_name"].tolist(), made["images"]):
+        assert np.abs(images[name].reshape(128, 8, 128, 8).mean(axis=(1, 3)) - small).max() <= 0.5
+    assert made["fold"].tolist() == [int(hashlib.sha256(p.encode()).hexdigest(), 16) % 5 for p in made["patient_id"].tolist()]
+    named = derived.derive_nih(tmp_path / "nih", names=["00000003_000.png", "00000001_000.png"])
+    assert named["image_name"].tolist() == ["00000003_000.png", "00000001_000.png"] and named["bbox_index"].tolist() == [0]
+    np.testing.assert_array_equal(named["bbox_xywh_1024"], [[512, 256, 64, 128]])
+    info = ds.dataset_info("nih-cxr-1000")
+    path = derived.write_derived("nih-cxr-1000", named, site)
+    got = derived.read_derived(info, downloads.find_dataset(info), task="detection") if False else downloads.read_arrays(path, ["image_name"], info)
+    assert got["image_name"].tolist() == named["image_name"].tolist() and "mirror" in downloads.find_dataset(info).provenance
+    with pytest.raises(DatasetError, match="not in the table"):
+        derived.derive_nih(tmp_path / "nih", names=["x.png"])
+    (tmp_path / "nih/images_001/images/00000001_000.png").unlink()
+    with pytest.raises(DatasetError, match="1 images are missing"):
+        derived.derive_nih(tmp_path / "nih", names=["00000001_000.png"])
+
+
+def test_derive_lungs_from_the_source_s_form(tmp_path):
+    film = np.random.default_rng(0).integers(0, 256, (60, 80), dtype="uint8")
+    side = np.zeros((60, 80), "uint8")
+    side[:, :40] = 255
+    png(tmp_path / "m/MontgomerySet/CXR_png/MCUCXR_0001_0.png", film)
+    png(tmp_path / "m/MontgomerySet/ManualMask/leftMask/MCUCXR_0001_0.png", side)
+    png(tmp_path / "m/MontgomerySet/ManualMask/rightMask/MCUCXR_0001_0.png", np.where(np.arange(80) > 59, 255, 0)[None].repeat(60, 0).astype("uint8"))
+    png(tmp_path / "s/ChinaSet_AllFiles/CXR_png/CHNCXR_0327_1.png", film)
+    png(tmp_path / "s/ChinaSet_AllFiles/CXR_png/CHNCXR_0002_0.png", film)      # has no mask
+    png(tmp_path / "k/mask/CHNCXR_0327_1_mask.png", side)
+    made = derived.derive_lungs(tmp_path / "m", tmp_path / "s", tmp_path / "k", size=20)
+    assert made["names"].tolist() == ["CHNCXR_0327_1", "MCUCXR_0001_0"] and made["tb_label"].tolist() == [1, 0]
+    assert made["source"].tolist() == ["CHNCXR", "MCUCXR"] and made["patient_id"].tolist() == ["CHNCXR_0327", "MCUCXR_0001"]
+    assert made["masks"].sum(axis=(1, 2)).tolist() == [200, 300]
+    np.testing.assert_allclose(made["images"][0], film.reshape(20, 3, 20, 4).mean(axis=(1, 3)), atol=0.51)
+    with pytest.raises(DatasetError, match="its mask"):
+        derived.derive_lungs(tmp_path / "m", tmp_path / "s", tmp_path / "k", names=["CHNCXR_0002_0"])
+
+
+def official_busi(home):
+    rng = np.random.default_rng(0)
+    for c, n in (("normal", 2), ("benign", 11), ("malignant", 1)):
+        for i in range(1, n + 1):
+            png(home / f"Dataset_BUSI_with_GT/{c}/{c} ({i}).png", rng.integers(0, 256, (32, 48, 3), dtype="uint8"))
+            png(home / f"Dataset_BUSI_with_GT/{c}/{c} ({i})_mask.png", np.zeros((32, 48), bool))
+    return home
+
+
+def test_the_script_of_busi_converts_writes_and_compares(tmp_path, site, capsys, data_root):
+    official_busi(tmp_path / "full")
+    spec = importlib.util.spec_from_file_location("busi_script", ROOT / "data_scripts/busi.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main_of("busi-128", [str(tmp_path / "full"), "--out", str(site)]) == 0
+    out = capsys.readouterr().out
+    assert "14 images" in out and "CC0" in out and "Al-Dhabyani" in out and "no file to compare with" in out
+    again = ds.load_dataset("busi-128", quiet=True)
+    assert len(again) == 14 and "mirror" in again.source and sorted(np.bincount(again.labels).tolist()) == [1, 2, 11]
+    assert script.main_of("busi-128", [str(tmp_path / "full"), "--out", str(site)]) == 0
+    assert "'labels': {'equal': 1.0}" in capsys.readouterr().out
+    (tmp_path / "full/Dataset_BUSI_with_GT/benign/benign (11)_mask.png").unlink()
+    assert script.main_of("busi-128", [str(tmp_path / "full")]) == 2 and "benign (11) has no mask" in capsys.readouterr().err
+
+
+def test_names_and_order_of_busi_are_those_of_the_file(data_root, tmp_path):
+    """The conversion gives names, labels and order as the file has them; which filter it used is not known."""
+    with np.load(data_root / "busi/busi_128.npz") as file:
+        names, labels, sizes = file["names"], file["labels"], file["orig_hw"]
+    for name, (h, w) in zip(names.tolist(), sizes.tolist()):
+        png(tmp_path / name.split()[0] / f"{name}.png", np.zeros((h // 8, w // 8), "uint8"))
+        png(tmp_path / name.split()[0] / f"{name}_mask.png", np.zeros((h // 8, w // 8), bool))
+    made = derived.derive_busi(tmp_path, size=4)
+    assert (made["names"] == names).all() and (made["labels"] == labels).all() and (made["orig_hw"] == sizes // 8).all()
+
+
+# ---------------------------------------------------------------- The Cancer Imaging Archive
+
+class Archive(Server):
+    """NBIA's two addresses; `change` alters what a series' archive holds."""
+
+    def __init__(self, rows, change=lambda files: files):
+        super().__init__(b"")
+        outer = self
+
+        def do_GET(handler):
+            outer.seen.append(handler.path.split("?")[0])
+            body = json.dumps(rows).encode()
+            if "getImageWithMD5Hash" in handler.path:
+                files = {f"1-{i}.dcm": bytes([65 + i]) * 99 for i in range(3)}
+                sums = "Filename,MD5Hash\n" + "".join(f"{n},{hashlib.md5(b).hexdigest().upper()}\n" for n, b in files.items())
+                body = zip_of(**change({**files, "md5hashes.csv": sums.encode()}))
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        self.server.RequestHandlerClass.do_GET = do_GET
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+
+
+def series(*names, size=300):
+    return [{"SeriesInstanceUID": f"1.2.{i}", "PatientID": n, "Modality": "CT", "ImageCount": 3, "FileSize": size} for i, n in enumerate(names)]
+
+
+LUNGS = ds.DatasetInfo("lungs", "detection", ("nodule",), (), kind="tcia", source="LUNGS")
+
+
+def test_tcia_fetches_what_is_missing_only(tmp_path, site):
+    with Archive(series("B", "A", "A")) as server:
+        tcia.fetch_collection(LUNGS, tmp_path / "l", patients=1, base=server.url, progress=False)
+        assert sorted(p.relative_to(tmp_path / "l").as_posix() for p in (tmp_path / "l").rglob("*.dcm")) == [f"A/1.2.{s}/1-{i}.dcm" for s in (1, 2) for i in range(3)]
+        tcia.fetch_collection(LUNGS, tmp_path / "l", base=server.url, progress=False)
+    assert server.seen.count("/getImageWithMD5Hash") == 3
+    assert not [p for p in (tmp_path / "l").rglob("*") if p.name.startswith(".") or p.suffix in (".zip", ".part", ".lock")]
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: {**f, "1-1.dcm": b"x" + f["1-1.dcm"][1:]}, lambda f: {k: v for k, v in f.items() if k != "1-1.dcm"}, lambda f: {**f, "1-9.dcm": b"x"},
+    lambda f: {k: v for k, v in f.items() if k != "md5hashes.csv"}, lambda f: {"md5hashes.csv": b"Filename,MD5Hash\n"}])
+def test_tcia_refuses_what_was_not_published(tmp_path, site, change):
+    with Archive(series("A"), change) as server, pytest.raises(ChecksumError):
+        tcia.fetch_collection(LUNGS, tmp_path / "l", base=server.url, progress=False)
+    assert not [p for p in (tmp_path / "l").rglob("*") if p.is_file()] and not (tmp_path / "l/A/1.2.0").exists()
+
+
+@pytest.mark.parametrize("rows, word", [
+    (series("../../etc"), "cannot be a folder"), ([{"SeriesInstanceUID": "../1", "PatientID": "A"}], "cannot be a folder"), (series(".."), "cannot be a folder"),
+    ([], "knows no such series"), ({"error": 1}, "no list"), ([1, 2], "no list"), (series("A", size=10**18), "the disk has")])
+def test_tcia_bad_lists(tmp_path, site, rows, word):
+    with Archive(rows) as server, pytest.raises(DatasetError, match=word):
+        tcia.fetch_collection(LUNGS, tmp_path / "l", base=server.url, progress=False)
+
+
+def test_tcia_addresses_are_those_of_tcia_utils():
+    """tcia_utils 3.3 (nbia.setApiUrl): host nbia, version 4; getSeries and getImageWithMD5Hash."""
+    assert tcia.NBIA == "https://nbia.cancerimagingarchive.net/nbia-api/services/v4/"
+    assert {n: ds.REGISTRY[n].source for n in ("nsclc-radiomics", "lidc-idri")} == {"nsclc-radiomics": "NSCLC-Radiomics", "lidc-idri": "LIDC-IDRI"}
