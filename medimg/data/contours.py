@@ -79,7 +79,7 @@ def polygon_cover(points, shape) -> np.ndarray:
     np.add.at(sums, (row, pixel + 1), fall * (column - pixel))
     return np.clip(np.abs(sums[:, :-1].cumsum(axis=1)), 0, 1)
 
-# %% ../../nbs/data/05a_contours.ipynb #a32c49b8
+# %% ../../nbs/data/05a_contours.ipynb #6df541b4
 def is_inside(point, polygon) -> bool:
     """Whether a point lies inside a polygon (even-odd rule).
 
@@ -124,13 +124,29 @@ def slice_cover(polygons, shape) -> np.ndarray:
     >>> float(slice_cover(ring, (6, 6)).sum())
     12.0
     """
-    total = np.zeros(shape)
-    for k, polygon in enumerate(polygons):
-        depth = sum(is_inside(polygon[0], other) for j, other in enumerate(polygons) if j != k)
-        total += polygon_cover(polygon, shape) * (-1) ** depth
+    polygons, total = [np.asarray(p, float) for p in polygons], np.zeros(shape)
+    for polygon, depth in zip(polygons, _depths(polygons)):
+        low = np.clip(np.floor(polygon.min(0)).astype(int), 0, shape)              # only the box round the outline has to be filled
+        high = np.clip(np.ceil(polygon.max(0)).astype(int) + 1, low, shape)
+        if (high > low).all():
+            box = tuple(slice(a, b) for a, b in zip(low, high))
+            total[box] += polygon_cover(polygon - low, high - low) * (-1) ** depth
     return np.clip(total, 0, 1)
 
-# %% ../../nbs/data/05a_contours.ipynb #c469d174
+
+def _around(polygons):
+    """For each outline, the others that it lies in."""
+    if not polygons:
+        return []
+    low, high, first = (np.array([f(p) for p in polygons]) for f in (lambda p: p.min(0), lambda p: p.max(0), lambda p: p[0]))
+    near = ((first[:, None] >= low) & (first[:, None] <= high)).all(-1)
+    return [[j for j in np.flatnonzero(row) if j != k and is_inside(polygons[k][0], polygons[j])] for k, row in enumerate(near)]
+
+
+def _depths(polygons):
+    return [len(around) for around in _around(polygons)]
+
+# %% ../../nbs/data/05a_contours.ipynb #62a3b30b
 def mask_contours(mask, *, level: float = 0.5) -> list:
     """The outlines of a 2-D mask, holes joined to their outer outline by keyholes.
 
@@ -160,14 +176,19 @@ def mask_contours(mask, *, level: float = 0.5) -> list:
         from skimage.measure import find_contours
     except ImportError:
         raise ConfigError("outlines need scikit-image", remedy="pip install 'medimg[course]'") from None
-    loops = [loop[:-1] - 1 for loop in find_contours(np.pad(np.asarray(mask, float), 1), level) if len(loop) > 3]
-    depth = [sum(is_inside(a[0], b) for j, b in enumerate(loops) if j != k) for k, a in enumerate(loops)]
-    outer = [[loop] for loop, d in zip(loops, depth) if d % 2 == 0]
-    for hole, d in zip(loops, depth):
-        if d % 2:        # the smallest outline round it
-            around = [parts for parts in outer if is_inside(hole[0], parts[0])]
-            min(around, key=lambda parts: _area(parts[0])).append(hole)
-    return [_keyholed(*parts) for parts in outer]
+    loops = [_corners(loop[:-1] - 1) for loop in find_contours(np.pad(np.asarray(mask, float), 1), level) if len(loop) > 3]
+    around = _around(loops)
+    outer = {k: [loop] for k, loop in enumerate(loops) if len(around[k]) % 2 == 0}
+    for k, loop in enumerate(loops):
+        if len(around[k]) % 2:        # a hole: of the smallest outline round it
+            outer[min((j for j in around[k] if j in outer), key=lambda j: _area(loops[j]))].append(loop)
+    return [_keyholed(*parts) for parts in outer.values()]
+
+
+def _corners(p):
+    """The polygon without points that lie on the line between their neighbours."""
+    before, after = p - np.roll(p, 1, axis=0), np.roll(p, -1, axis=0) - p
+    return p[np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-12]
 
 
 def _area(p):
