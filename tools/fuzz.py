@@ -172,7 +172,7 @@ def _bombs(folder):
     return {"deflate_bomb.dcm": ("dicom", deflated[:400] + zeros), "nested.dcm": ("dicom", plain[:1200] + deep * 3000),
             "nested_wide.dcm": ("dicom", _insert(plain, deep * 60)), "zip_bomb.zip": ("zip", _zip({"a.dcm": bytes(64 << 20)})),
             "names.zip": ("zip", _zip({"../../up.dcm": plain, "/etc/abs.dcm": plain, "C:\\x.dcm": plain, "a" * 300 + ".dcm": plain})),
-            "many.zip": ("zip", _zip({f"{k}.dcm": b"DICM" for k in range(3000)})), "deep.json": ("preprocess", b"[" * 100_000),
+            "many.zip": ("zip", _zip({f"{k}.dcm": b"DICM" for k in range(600)})), "deep.json": ("preprocess", b"[" * 20_000),
             "numbers.json": ("manifest", b'{"a": ' + b"9" * 10_000 + b"}")}
 
 

@@ -361,7 +361,7 @@ def _used_bits(stored, header):
     stored >>= allocated - used                     # arithmetic for signed numbers
     return stored
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #6bb69477
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #f152216e
 def expand_segments(data, entries: int) -> np.ndarray:
     """A segmented palette as a plain one.
 
@@ -411,7 +411,7 @@ def _segments(words, at, count, out, limits):
             at += 2 + length
         elif code == 1:
             first, last = out[-1], words[at + 2]
-            out.extend(np.around(np.linspace(first, last, length + 1)[1:]).astype(int).tolist())
+            out.extend(np.around(np.linspace(first + (last - first) / max(length, 1), last, length)).astype(int).tolist())
             at += 3
         else:
             low, high = (words[at + 2:at + 4]) if width == 2 else (words[at + 2] | words[at + 3] << 8, words[at + 4] | words[at + 5] << 8)
@@ -501,7 +501,7 @@ def padding_mask(stored, header):
             ends.append(value - (1 << bits) if signed and value >> bits - 1 else value)
         return (stored >= min(ends)) & (stored <= max(ends))
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #eff3817c
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #66480ffc
 def read_pixels(path, *, padding: float | None = None) -> tuple:
     """The decoded image of one file in the modality's unit, and its header; MONOCHROME1 is turned so that larger = brighter (not CT and PET).
 
@@ -579,15 +579,14 @@ def to_unit(stored, header, *, padding: float | None = None) -> np.ndarray:
     if is_negative(header):
         values = _turned(values, sum(meant_range(header)))
     if mask is not None:
-        fits = values.dtype != np.int16 or (padding == int(padding) and -32768 <= padding <= 32767)
+        fits = values.dtype != np.int16 or (float(padding).is_integer() and -32768 <= padding <= 32767)
         values = values if fits else values.astype("float32")
         values[mask] = padding
     return values
 
 
 def _turned(values, total):
-    """`total - values`, in int16 where that holds it."""
-    low, high = total - float(values.max()), total - float(values.min())
-    if values.dtype == np.int16 and -32768 <= low and high <= 32767 and total == int(total):
-        return (np.int32(total) - values).astype("int16")
-    return (np.float64(total) - values).astype("float32")
+    """`total - values` in place, as int16 where that holds it."""
+    fits = total == int(total) and -32768 <= total - float(values.max()) and total - float(values.min()) <= 32767
+    values = values if fits or values.dtype != np.int16 else values.astype("float32")
+    return np.subtract(np.float64(total), values, out=values, casting="unsafe")
