@@ -11,7 +11,8 @@ from medimg.data.preprocess import Preprocessor
 from medimg.data.volume import Volume
 from medimg.deployment.bundle import Bundle, build_bundle
 from medimg.deployment.engine import Engine, toy_network
-from medimg.deployment.intake import Study, decode_picture, find_studies, picture_size
+from medimg.data.pictures import picture_size
+from medimg.deployment.intake import Study, decode_picture, find_studies
 from medimg.deployment.manifest import example_manifest
 from medimg.deployment.predict import answer, check_scope, exit_code, heat_map, hottest_region, predict
 from medimg.deployment.prediction import Prediction, from_json, prediction_schema
