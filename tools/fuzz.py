@@ -411,13 +411,13 @@ def declared_bytes(path) -> int:
 
 def judge(function, path) -> tuple:
     """("read" | "refused" | a fault, what was said) of one parser on one file."""
-    from medimg.errors import MedimgError
+    from medimg.errors import MedimgError, printable
     try:
         function(path)
         return "read", ""
     except MedimgError as error:
         said = str(error)
-        if len(said) > MESSAGE or len(said.splitlines()) != 1 or not said.isprintable():
+        if len(said) > MESSAGE or len(said.splitlines()) != 1 or printable(said) != said:
             return "message", f"{len(said)} characters in {len(said.splitlines())} lines: {said[:300]!r}"
         return "refused", said
     except Exception as error:
