@@ -200,3 +200,11 @@ def test_workflows_pin_their_actions_and_systems():
 def test_licence_text_is_apache():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text[:200] and "END OF TERMS AND CONDITIONS" in text and len(text) > 11_000
+
+
+def test_tables_travel_with_the_package(dist):
+    """Every JSON table beside the modules (published checksums, the standard's tables) is in the wheel, byte for byte."""
+    tables = sorted(p for p in (ROOT / "medimg" / "data").glob("*.json"))
+    assert "medmnist.json" in [p.name for p in tables]
+    with zipfile.ZipFile(dist["wheel"]) as wheel:
+        assert all(wheel.read(f"medimg/data/{p.name}") == p.read_bytes() for p in tables)

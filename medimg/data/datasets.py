@@ -40,7 +40,7 @@ def image_id(image) -> str:
     head = f"{image.shape}{image.dtype.str}".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/data/04_datasets.ipynb #2e220aa5
+# %% ../../nbs/data/04_datasets.ipynb #9f5fed42
 _COLUMNS = ("images", "labels", "splits", "patient_ids", "masks", "boxes")
 
 
@@ -64,7 +64,7 @@ class _Rows:
         columns = {k: np.asarray(getattr(self, k)) for k in _COLUMNS if getattr(self, k) is not None}
         _check_columns(self, columns)
         columns["splits"] = columns["splits"].astype("<U5")
-        ids = np.array([image_id(image) for image in columns["images"]], dtype="<U16")
+        ids = _image_ids(columns["images"])
         order = _canonical_order(ids, columns)
         meta = {k: v[order] if _is_column(v, len(ids)) else v for k, v in self.meta.items()}
         for key, value in {**columns, "image_ids": ids}.items():
@@ -77,7 +77,14 @@ class _Rows:
     def __len__(self):
         return len(self.images)
 
-# %% ../../nbs/data/04_datasets.ipynb #c66a25fe
+# %% ../../nbs/data/04_datasets.ipynb #76ed102b
+def _image_ids(images):
+    """`image_id` of every image; what they share is written once."""
+    images = np.ascontiguousarray(images)
+    head = f"{images.shape[1:]}{images.dtype.str}".encode()
+    return np.array([hashlib.sha256(head + image.tobytes()).hexdigest()[:16] for image in images], dtype="<U16")
+
+
 def _is_column(value, n):
     return isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == n
 
@@ -85,8 +92,9 @@ def _is_column(value, n):
 def _canonical_order(ids, columns):
     """Row order by image id; equal images by fold, label and patient, so that it never depends on the file's order."""
     extra = [columns["patient_ids"].astype(str)] if "patient_ids" in columns else []
-    labels = np.array([_label_text(label) for label in columns["labels"]], dtype=str)
-    return np.lexsort([*extra, labels, columns["splits"], ids])
+    labels = columns["labels"]
+    texts = labels.astype(str) if labels.ndim == 1 and labels.dtype.kind in "iu" else np.array([_label_text(label) for label in labels], dtype=str)
+    return np.lexsort([*extra, texts, columns["splits"], ids])
 
 
 def _label_text(label):

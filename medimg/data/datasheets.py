@@ -144,7 +144,7 @@ def _lines(sheet):
     if d.boxes is not None:
         yield "Boxes", f"{int((~np.isnan(d.boxes[..., 0])).sum())} on {int((~np.isnan(d.boxes[..., 0])).any(axis=1).sum())} images"
 
-# %% ../../nbs/data/04f_datasheets.ipynb #04ebbdbd
+# %% ../../nbs/data/04f_datasheets.ipynb #438830f1
 def _markdown(sheet):
     d = sheet.dataset
     text = [f"# Data sheet: {d.name}", "", *(f"- **{k}:** {v}" for k, v in _lines(sheet)), "", "| class | train | val | test |", "|---|--:|--:|--:|"]
@@ -168,9 +168,10 @@ def _bars(sheet):
         left += counts
     for i, counts in enumerate(sheet.counts.tolist()):
         axes.text(left[i], i, "  " + " / ".join(map(str, counts)), va="center", fontsize=8)
-    axes.set(yticks=range(k), yticklabels=[c if len(c) < 28 else c[:26] + "…" for c in d.classes], xlabel="images (train / val / test)", title=d.name,
+    axes.set(yticks=range(k), yticklabels=[c if len(c) < 28 else c[:26] + "…" for c in d.classes], xlabel="images (train / val / test)",
              xlim=(0, 1.35 * max(left.max(), 1)), ylim=(k - 0.5, -0.5))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title(d.name, loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8, borderaxespad=0.2)
     return plots.Picture(figure, f"images per class and fold of {d.name}: " + "; ".join(f"{c} {n}" for c, n in zip(d.classes, sheet.counts.sum(axis=1).tolist())))
 
 # %% ../../nbs/data/04f_datasheets.ipynb #0e8ce0aa
