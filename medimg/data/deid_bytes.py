@@ -136,7 +136,7 @@ class _Reader:
             return value
         return np.frombuffer(value, f">u{width}").astype(f"<u{width}").tobytes()
 
-# %% ../../nbs/data/09c_hidden_bytes.ipynb #bb6ddca7
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #d936b93b
 _IMPLICIT, _EXPLICIT, _BIG, _DEFLATED = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".1.99"))
 
 
@@ -177,8 +177,9 @@ def parse(data) -> Parsed:
         raise DicomError(f"larger than {MAX_BYTES >> 30} GiB", remedy="leave the file out")
     syntax, at = _meta(memoryview(data))
     body = memoryview(_inflate(data[at:]) if syntax == _DEFLATED else data)
-    reader = _Reader(body, syntax == _IMPLICIT, ">" if syntax == _BIG else "<")
     start, elements = 0 if syntax == _DEFLATED else at, []
+    spelt = re.match(rb"[A-Z]{2}", body[start + 4:start + 6])           # some files say explicit and are not
+    reader = _Reader(body, syntax == _IMPLICIT or not spelt and syntax != _BIG, ">" if syntax == _BIG else "<")
     try:
         reader.elements(start, len(body), elements)
     except DicomError:

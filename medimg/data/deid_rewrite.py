@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'Rewritten', 'rewrite', 'sealed']
 
-# %% ../../nbs/data/09d_rewrite.ipynb #d23e5db9
+# %% ../../nbs/data/09d_rewrite.ipynb #d8723f1f
 import re
 from collections import Counter
 from typing import NamedTuple
+
+import numpy as np
 
 from .deid_bytes import PIXELS, Element, encode, mask_bits, parse, strip_jpeg, strip_jpeg2000
 from .deid_profile import Policy, Pseudonyms, clean_text, known_vr, shift_date, well_formed
@@ -157,11 +159,11 @@ def _keyword(tag):
 
 _Walk.empty, _Walk.dummy, _Walk.uids, _Walk.clean, _Walk.keep, _Walk.pseudonym = _empty, _dummy, _uids, _clean, _keep, _pseudonym
 
-# %% ../../nbs/data/09d_rewrite.ipynb #1f9e1277
+# %% ../../nbs/data/09d_rewrite.ipynb #f793972b
 _JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
 _JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
 _JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203)}
-_RLE, _EXPLICIT = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.1"
+_RLE, _EXPLICIT, _BIG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 #: Largest decoded image, in bytes.
 MAX_PIXELS = 4 << 30
 
@@ -201,18 +203,20 @@ class _Image:
         return (bits + 7) // 8
 
 
-def _native(image, walk):
+def _native(image, walk, syntax):
     value = image.pixels.value
     if len(value) < image.size:
         raise DicomError(f"pixel data are truncated: {len(value)} of {image.size} bytes", remedy="copy the file again")
     masked, changed = value[:image.size], 0
+    if syntax == _BIG and image.allocated == 32 and image.pixels.vr == "OW":        # the parser turned words of 16 bits
+        masked = np.frombuffer(masked, "<u2").reshape(-1, 2)[:, ::-1].tobytes()
     if image.pixels.tag == PIXELS[0]:
         masked, changed = mask_bits(masked, allocated=image.allocated, stored=image.stored, high=image.high, signed=image.signed)
     if changed:
         walk.counts["unused bits of the pixel words", "X"] += 1
     return Element(image.pixels.tag, image.pixels.vr, masked)
 
-# %% ../../nbs/data/09d_rewrite.ipynb #2d4923c4
+# %% ../../nbs/data/09d_rewrite.ipynb #93221ab4
 def _frames(image):
     """The compressed frames, joined from their fragments."""
     table, *fragments = image.pixels.value or (b"",)
@@ -249,7 +253,6 @@ def _decoded(data, image, edit, walk):
     """The pixels decoded, changed by `edit`, as native elements; colour comes out as RGB."""
     from io import BytesIO
 
-    import numpy as np
     import pydicom
     from pydicom.pixels import pixel_array
     walk.counts["decoded pixels", "K"] += bool(image.size)         # refuses impossible sizes before memory is asked for
@@ -268,7 +271,7 @@ def _decoded(data, image, edit, walk):
         made += [Element(0x00280006, "US", b"\0\0")] + ([] if edit is None else [Element(0x00280004, "CS", b"RGB")])
     return made
 
-# %% ../../nbs/data/09d_rewrite.ipynb #f39cd719
+# %% ../../nbs/data/09d_rewrite.ipynb #bc079eea
 _CREATOR = b"MEDIMG DEID 1 "
 _MARK = b"\x49\x4d\x10\x00LO" + len(_CREATOR).to_bytes(2, "little") + _CREATOR + b"\x49\x4d\x01\x10OB\0\0\x20\0\0\0"
 _IMPLEMENTATION = "2.25.190411830253180943207953614092637145227"
@@ -350,7 +353,7 @@ def _pixels(parsed, image, walk, data, edit):
     walk.counts["7fe00010", "K"] += 1
     if compressed and parsed.syntax == _RLE or edit is not None and image.allocated > 1 and image.pixels.tag == PIXELS[0]:
         return _decoded(data, image, edit if image.pixels.tag == PIXELS[0] else None, walk)
-    return [_encapsulated(image, parsed.syntax) if compressed else _native(image, walk)]
+    return [_encapsulated(image, parsed.syntax) if compressed else _native(image, walk, parsed.syntax)]
 
 # %% ../../nbs/data/09d_rewrite.ipynb #61902f76
 def _notes(walk, parsed, image, edit):
