@@ -18,7 +18,7 @@ import locks  # noqa: E402
 EXTRAS = {"train", "course", "serve", "dicomnet", "ray", "ocr", "pdf", "codecs-gpl", "dev"}
 COPYLEFT = re.compile(r"\b[AL]?GPL|GNU |Affero|SSPL|EUPL|CeCILL|CC[- ]BY[- ](NC|SA|ND)|non-?commercial|proprietary", re.I)
 #: Weak copyleft that the base knowingly carries, and why.
-ACCEPTED = {"certifi": "MPL-2.0 for Mozilla's list of certificate authorities, used unchanged"}
+ACCEPTED = {}
 #: Libraries inside wheels under a licence of their own: file prefix -> (what, licence).
 BUNDLED = {r"libav(codec|format|util|filter|device)|libsw(scale|resample)": ("FFmpeg", "LGPL-2.1-or-later"),
            r"libgfortran": ("GCC runtime", "GPL-3.0-or-later WITH GCC-exception-3.1"),
@@ -109,7 +109,7 @@ def test_base_licences_are_permissive(artefacts):
         if not text or COPYLEFT.search(text) or ("MPL" in text or "Mozilla" in text) and name not in ACCEPTED:
             bad.append(rows[-1])
         bad += [f"{name} carries {w} ({lic}), which is new" for w, lic in inside if (name, w) not in KNOWN]
-    table = "\n".join([*rows, "", "Accepted: " + "; ".join(f"{n}: {why}" for n, why in ACCEPTED.items()),
+    table = "\n".join([*rows, "", "Accepted weak copyleft: " + ("; ".join(f"{n}: {why}" for n, why in ACCEPTED.items()) or "none"),
                        "Carried inside wheels as shared libraries that can be replaced: FFmpeg (LGPL, opencv-python-headless; medimg decodes no video),",
                        "the GCC runtime (GPL with the runtime exception) and libquadmath (LGPL) of numpy, scipy and OpenCV."])
     print(table)
@@ -135,7 +135,7 @@ def test_locks_and_environment_follow_from_settings():
 def test_every_pin_has_hashes_and_no_address(name):
     text = (ROOT / "locks" / f"{name}.txt").read_text(encoding="utf-8")
     blocks = re.split(r"\n(?=[A-Za-z0-9])", text.partition("\n")[2].rstrip("\n"))
-    assert len(blocks) == len(locks.locked(text)) > 30
+    assert len(blocks) == len(locks.locked(text)) >= 25
     for block in blocks:
         first, *hashes = block.split("\n")
         assert re.fullmatch(r"[\w.-]+==[\w.+!]+( ; [^\\]+)? \\", first.strip()), first
