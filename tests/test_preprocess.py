@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from medimg.data.preprocess import STEPS, Preprocessor, fit_standardize
+from medimg.data.preprocess import Preprocessor, fit_standardize
 from medimg.errors import ConfigError, DatasetError
 
 FULL = [("grayscale", {}), ("center_square", {}), ("resize", {"height": 16, "width": 12}), ("clahe", {"clip_limit": 2.0, "tiles": 4}),
@@ -34,7 +34,7 @@ def test_one_image_is_a_batch_of_one_bit_for_bit(image, n):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(sorted(set(STEPS) - {"clahe"})), max_size=5), st.floats(-1e5, 1e5), st.floats(1e-3, 1e5), st.integers(1, 4096))
+@given(st.lists(st.sampled_from(["grayscale", "center_square", "scale", "standardize", "resize"]), max_size=5), st.floats(-1e5, 1e5), st.floats(1e-3, 1e5), st.integers(1, 4096))
 def test_json_round_trip_is_exact(names, low, span, side):
     numbers = {"scale": {"low": low, "high": min(low + span, 1e6)}, "standardize": {"mean": [low, 0.1], "std": [span]}, "resize": {"height": side, "width": 7}}
     pre = Preprocessor([(n, numbers.get(n, {})) for n in names])

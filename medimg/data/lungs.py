@@ -149,20 +149,29 @@ def _split(joined, spacing):
             return [joined & (side == 1), joined & (side == 2)]
     return [joined]
 
-# %% ../../nbs/data/06b_lungs.ipynb #22106a14
+# %% ../../nbs/data/06b_lungs.ipynb #413f46c2
 def _closed(lung, spacing, radius_mm, pixel_mm=2.0):
-    """`lung` and the dents that a ball cannot enter; computed on pixels of about 2 mm, exact distances, padded."""
-    from scipy import ndimage
+    """`lung` and the dents that a ball cannot enter, the thick ones grown by its sag; on pixels of about 2 mm, exact distances."""
     k = max(1, int(pixel_mm / spacing[1]))
     size = [-(-n // k) * k for n in lung.shape[1:]]
     even = np.pad(lung, [(0, 0), *((0, full - n) for full, n in zip(size, lung.shape[1:]))])
     coarse = even.reshape(len(lung), size[0] // k, k, size[1] // k, k).mean((2, 4)) >= 0.5
     step = np.array(spacing) * [1, k, k]
     rim = [(int(np.ceil(radius_mm / s)) + 1,) * 2 for s in step]
-    grown = ndimage.distance_transform_edt(~np.pad(coarse, rim), sampling=step) <= radius_mm
-    shrunk = ndimage.distance_transform_edt(grown, sampling=step) > radius_mm
-    inner = shrunk[tuple(slice(a, -b) for a, b in rim)]
+    filled = _filled(np.pad(coarse, rim), step, radius_mm)
+    inner = filled[tuple(slice(a, -b) for a, b in rim)]
     return np.repeat(np.repeat(inner, k, 1), k, 2)[:, :lung.shape[1], :lung.shape[2]] | lung
+
+
+def _filled(lung, step, radius_mm, crease_mm=2.5, mouth_mm=20.0):
+    from scipy.ndimage import distance_transform_edt as distance
+    grown = distance(~lung, sampling=step) <= radius_mm
+    filled = distance(grown, sampling=step) > radius_mm
+    thick = distance(filled & ~lung, sampling=step) > crease_mm
+    if thick.any() and radius_mm > mouth_mm / 2:
+        sag = radius_mm - np.sqrt(radius_mm**2 - (mouth_mm / 2) ** 2)
+        filled |= distance(~thick, sampling=step) <= crease_mm + sag
+    return filled
 
 
 def segment_lungs(volume: Volume, *, closing_mm: float = 22.0) -> np.ndarray:
@@ -211,9 +220,11 @@ def segment_lungs(volume: Volume, *, closing_mm: float = 22.0) -> np.ndarray:
     x = [straight.world(np.argwhere(half).mean(0) + [s.start for s in box])[0] for half in halves]     # world LPS: x < 0 is right
     out = np.zeros(hu.shape, np.uint8)
     for half, place in zip(halves, x):
-        closed = _closed(half, spacing, closing_mm) if closing_mm else half
         right = place == min(x) if len(x) == 2 else place < 0
-        out[box][closed & (out[box] == 0) & ~airway[box]] = 1 if right else 2
+        (own,) = ndimage.find_objects(half.astype(np.uint8))
+        closed = _closed(half[own], spacing, closing_mm) if closing_mm else half[own]
+        there = out[box][own]
+        there[closed & (there == 0) & ~airway[box][own]] = 1 if right else 2
     return straight.with_array(out).reorient(volume.orientation).array
 
 # %% ../../nbs/data/06b_lungs.ipynb #15097833
