@@ -76,7 +76,7 @@ class Source:
     def _with_label(self, sample, i):
         return sample if self.labels is None else {**sample, "label": self.labels[i]}
 
-# %% ../../nbs/data/08a_sources.ipynb #ef6afa92
+# %% ../../nbs/data/08a_sources.ipynb #0186c5c7
 class ArraySource(Source):
     """Images in memory: an ImageDataset, or arrays.
 
@@ -169,7 +169,10 @@ class FileSource(Source):
         """Sample `i`: display values 0 … 255, (y, x) or (y, x, 3) uint8, from the bytes `raw` (DICOM: from the file, in its own window); `rng` is not used."""
         from medimg.data.pictures import read_picture, to_uint8
         if raw is not None and raw[128:132] != b"DICM":
-            return self._with_label({"image": to_uint8(read_picture(raw)[0])[0]}, i)
+            try:
+                return self._with_label({"image": to_uint8(read_picture(raw)[0])[0]}, i)
+            except DatasetError as error:
+                raise DatasetError(error.what, path=self.paths[i], remedy=error.remedy) from error
         from medimg.data.dicom import read
         volume = read([self.paths[i]])
         if volume.shape[0] != 1:
