@@ -2,7 +2,7 @@
 
     python data_scripts/tcia.py nsclc-radiomics FOLDER [--patients N] [--modality CT]
 
-Licences: NSCLC-Radiomics CC BY-NC 3.0, LIDC-IDRI CC BY 3.0. The logic is in `medimg.data.tcia` (chapter nbs/data/04h_tcia.ipynb).
+Licences: NSCLC-Radiomics CC BY-NC 3.0, LIDC-IDRI CC BY 3.0. The logic is in `medimg.data.tcia` (chapter nbs/data/04i_tcia.ipynb).
 """
 import argparse
 import sys

@@ -77,7 +77,7 @@ class _Rows:
     def __len__(self):
         return len(self.images)
 
-# %% ../../nbs/data/04_datasets.ipynb #76ed102b
+# %% ../../nbs/data/04_datasets.ipynb #952cd0d1
 def _image_ids(images):
     """`image_id` of every image; what they share is written once."""
     images = np.ascontiguousarray(images)
@@ -119,7 +119,7 @@ def _check_columns(rows, columns):
         raise DatasetError(f"{rows.name}: labels must be whole numbers, one an image, 0 to {k - 1}", remedy="check classes and labels")
     _check_truth(rows, columns)
 
-
+# %% ../../nbs/data/04_datasets.ipynb #f77cba6d
 def _check_truth(rows, columns):
     """Masks for segmentation, boxes for detection, each on the grid of the images."""
     n, k = len(columns["images"]), len(rows.classes)

@@ -48,10 +48,17 @@ def cramers_v(values, labels) -> float:
     expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / table.sum()
     return float(np.sqrt(((table - expected) ** 2 / expected).sum() / (table.sum() * (min(table.shape) - 1))))
 
-# %% ../../nbs/data/04f_datasheets.ipynb #6d46bdca
+# %% ../../nbs/data/04f_datasheets.ipynb #187ae67f
 @dataclass(frozen=True, repr=False)
 class DataSheet:
-    """What a reader must know about a data set; its repr and `markdown()` say it in words, `picture()` shows the balance."""
+    """What a reader must know about a data set; its repr and `markdown()` say it in words, `picture()` shows the balance.
+
+    Examples
+    --------
+    >>> toy = ImageDataset("toy", np.zeros((2, 4, 4), "uint8"), [0, 1], ["train", "test"], classes=("a", "b"))
+    >>> print(datasheet(toy).markdown().splitlines()[0])
+    # Data sheet: toy
+    """
 
     dataset: ImageDataset       # the images
     info: DatasetInfo | None    # the registry's row; None for a set of your own
