@@ -13,8 +13,8 @@ from pathlib import Path
 from .config import RESEARCH_USE, cache_dir, profile_of, write_atomic
 from .errors import DatasetError
 
-# %% ../nbs/foundations/api.ipynb #45a32b6d
-def read(path, *, series_uid: str | None = None, progress: bool = False):
+# %% ../nbs/foundations/api.ipynb #4c0d794f
+def read(path, *, series_uid: str | None = None, progress: bool = False, **options):
     """A medical image from disk: a DICOM series (folder, files, zip) or a NIfTI file.
 
     Parameters
@@ -25,11 +25,13 @@ def read(path, *, series_uid: str | None = None, progress: bool = False):
         Which series, when there are several; its ending is enough if it is unique.
     progress : bool
         Show a progress bar on stderr.
+    **options
+        For DICOM: `untilt=True`, `resample=True`, `isolate=True`; see `medimg.data.dicom.read`.
 
     Returns
     -------
-    Volume
-        Array `(z, y, x[, c])`, geometry in mm (LPS+), units (HU for CT).
+    Volume or list of Volume
+        Array `(z, y, x[, c])`, geometry in mm (LPS+), units (HU for CT). A list for a time series or a film.
 
     Raises
     ------
@@ -45,7 +47,7 @@ def read(path, *, series_uid: str | None = None, progress: bool = False):
     from medimg.data import dicom, volume
     if isinstance(path, (str, Path)) and str(path).endswith((".nii", ".nii.gz")):
         return volume.from_nifti(path)
-    return dicom.read(path, series_uid=series_uid, progress=progress)
+    return dicom.read(path, series_uid=series_uid, progress=progress, **options)
 
 # %% ../nbs/foundations/api.ipynb #1c1047c9
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'bundle_app', 'scan', 'read', 'volume_facts', 'write_volume',
-           'data_list', 'data_info', 'data_fetch', 'data_check', 'train', 'evaluate', 'metrics_text', 'reproduce',
-           'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo', 'doctor',
-           'diagnose', 'main']
+           'data_list', 'data_info', 'data_fetch', 'data_check', 'data_sheet', 'data_leaks', 'deidentify', 'train',
+           'evaluate', 'metrics_text', 'reproduce', 'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict',
+           'report', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #31a5cacf
 import json
@@ -30,33 +30,61 @@ def _say(result, text, as_json):
     """Print the JSON document, or the text for people."""
     print(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else text)
 
-# %% ../nbs/foundations/cli.ipynb #c22f41fe
+# %% ../nbs/foundations/cli.ipynb #606c7468
 @app.command()
-def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files or a .zip.")], as_json: AsJson = False, quiet: Quiet = False):
+def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files or a .zip.")],
+         pictures: Annotated[Path | None, typer.Option(help="Folder for a quality report with a picture of each series (needs matplotlib).")] = None,
+         as_json: AsJson = False, quiet: Quiet = False):
     """List the DICOM series below a folder, with what is odd about them."""
     from medimg.data.dicom import scan as find
     table = find(path[0] if len(path) == 1 else path, progress=not quiet and not as_json)
-    _say({"series": [s.to_dict() for s in table], "skipped": [{"file": Path(f).name, "why": why} for f, why in table.skipped]}, repr(table), as_json)
+    facts = {"series": [s.to_dict() for s in table], "skipped": [{"file": Path(f).name, "why": why} for f, why in table.skipped]}
+    text = repr(table)
+    if pictures:
+        from medimg.data.dicom_qa import qa
+        reports = [qa(series, pixels=True) for series in table.images]
+        facts["quality"] = [{**r.to_dict(), "picture": str(r.picture().save(pictures / f"series_{k:03d}.png"))} for k, r in enumerate(reports, 1)]
+        text = "\n\n".join([text, *(f"{r!r}\npicture: {f['picture']}" for r, f in zip(reports, facts["quality"]))])
+    _say(facts, text, as_json)
 
-
+# %% ../nbs/foundations/cli.ipynb #3e1630b6
 @app.command()
 def read(path: Annotated[Path, typer.Argument(help="A folder, file or .zip with one series, or NIfTI.")],
-         series: Annotated[str | None, typer.Option(help="Series UID, or its ending.")] = None,
-         out: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz and NAME.png.")] = Path("."),
-         write: Annotated[bool, typer.Option("--write/--no-write", help="Write the two files, or only show the statistics.")] = True,
+         series: Annotated[str | None, typer.Option(help="Series UID, its ending, or its number in scan, such as #1.")] = None,
+         out: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz and NAME.png; a time series gives NAME-t000 and so on.")] = Path("."),
+         write: Annotated[bool, typer.Option("--write/--no-write", help="Write the files, or only show the statistics.")] = True,
+         untilt: Annotated[bool, typer.Option("--untilt", help="Make the grid of a tilted gantry upright.")] = False,
+         resample: Annotated[bool, typer.Option("--resample", help="Interpolate uneven slices on an even grid.")] = False,
+         isolate: Annotated[bool, typer.Option("--isolate", help="Decode in another process, for files you do not trust.")] = False,
          as_json: AsJson = False, quiet: Quiet = False):
     """Read one series: statistics in its unit; writes NIfTI and a montage."""
     from medimg import api
     name = (path.stem or "volume").removesuffix(".nii")
     if write:
         _spare_input(path, out, name)
-    volume = api.read(path, series_uid=series, progress=not quiet and not as_json)
+    options = {key: True for key, on in (("untilt", untilt), ("resample", resample), ("isolate", isolate)) if on}
+    if options and path.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(f"--{next(iter(options))} is for DICOM", path=path, remedy="leave it away")
+    found = api.read(path, series_uid=series, progress=not quiet and not as_json, **options)
+    moments = found if isinstance(found, list) else [found]
+    facts = [_read_one(v, out if write else None, f"{name}-t{k:03d}" if len(moments) > 1 else name) for k, v in enumerate(moments)]
+    shown = [_read_text(v, f) for v, f in list(zip(moments, facts))[:5]]
+    if len(facts) > 5:
+        shown.append(f"… and {len(facts) - 5} more moments")
+    _say(facts if len(facts) > 1 else facts[0], "\n".join(shown), as_json)
+
+
+def _read_one(volume, out, name):
     facts = volume_facts(volume)
-    if write:
+    if out is not None:
         facts["written"] = [str(p) for p in write_volume(volume, out, name)]
+    return facts
+
+
+def _read_text(volume, facts):
     lines = [repr(volume), f"mean {facts['mean']:.4f}, standard deviation {facts['std']:.4f}, minimum {facts['min']:g}, maximum {facts['max']:g} {volume.units}"]
     lines += [f"{f['severity']}: {f['text']}" for f in facts["findings"]] + [f"wrote {p}" for p in facts.get("written", ())]
-    _say(facts, "\n".join(map(printable, lines)), as_json)
+    return "\n".join(map(printable, lines))
 
 
 def _spare_input(path, out, name):
@@ -124,26 +152,30 @@ def write_volume(volume, folder, name: str) -> list:
     even, suffix = (volume, "") if volume.is_regular else (volume.regularize(), "-regularized")
     return [picture, even.to_nifti(Path(folder) / f"{name}{suffix}.nii.gz")]
 
-# %% ../nbs/foundations/cli.ipynb #ddba5c21
-data_app = typer.Typer(no_args_is_help=True, help="Registered data sets: list, info, fetch, check.")
+# %% ../nbs/foundations/cli.ipynb #30257ea1
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: list, info, fetch, check, sheet, leaks.")
 app.add_typer(data_app, name="data")
 
 
 @data_app.command("list")
 def data_list(as_json: AsJson = False):
-    """What is registered, and what is found on this machine."""
-    from medimg.data.datasets import REGISTRY
-    rows = [{"name": i.name, "task": i.task, "classes": list(i.classes), "licence": i.licence, "where": _where(i)} for i in REGISTRY.values()]
-    _say(rows, columns(("name", "task", "classes", "licence", "where"), [(r["name"], r["task"], len(r["classes"]), r["licence"], r["where"]) for r in rows]), as_json)
+    """What is registered, what it may be used for, and what is found on this machine."""
+    from medimg.data.datasheets import list_datasets
+    rows = list_datasets()
+    _say(rows, _list_text(rows), as_json)
 
 
-def _where(info):
-    from medimg.data.datasets import find_dataset
-    try:
-        found = find_dataset(info.name) if info.url else None
-    except MedimgError as error:
-        return f"unusable: {error.what}"
-    return found.provenance if found else ("made by this package" if not info.url else "not here: medimg data fetch " + info.name)
+def _list_text(rows):
+    """What is here first; the sizes of one set that are not here share a line."""
+    import re
+    lines = {}
+    for r in sorted(rows, key=lambda r: not r["found"]):
+        base, size = re.fullmatch(r"(.*?mnist(?:3d)?)?(?:-(\d+))?(.*)", r["name"]).group(1, 2)
+        key = base if base and not r["found"] else r["name"]
+        lines.setdefault(key, [r, []])[1].append(size or "28")
+    shown = [(name + (f" ({', '.join(sizes)} px)" if len(sizes) > 1 else ""), r["task"], r["classes"], r["images"] or "-", r["licence"][:32], (r["found"] or r["how"])[:72])
+             for name, (r, sizes) in lines.items()]
+    return columns(("name", "task", "classes", "images", "licence", "where, or how to get it"), shown) + "\nmore: medimg data info NAME, medimg data sheet NAME"
 
 
 @data_app.command("info")
@@ -172,6 +204,55 @@ def data_check(name: str, data: DataOption = "real", as_json: AsJson = False):
     facts = {"name": dataset.name, "source": dataset.source, "n": len(dataset), "checksum": dataset.checksum, "duplicate_groups": len(dataset.duplicates()),
              "folds": {s: len(dataset.split(s)) for s in ("train", "val", "test")}, "dropped": drop_shared(dataset, quiet=True).meta.get("dropped")}
     _say(facts, "\n".join([repr(dataset), *(f"{k}: {v}" for k, v in facts.items() if k not in ("name", "n"))]), as_json)
+
+# %% ../nbs/foundations/cli.ipynb #5a55245c
+@data_app.command("sheet")
+def data_sheet(name: str, data: DataOption = "auto", picture: Annotated[Path | None, typer.Option(help="Also draw the class balance into this .png.")] = None,
+               as_json: AsJson = False):
+    """The data sheet: folds, classes, patients, licence, confounds and known problems."""
+    from medimg.data.datasheets import datasheet
+    sheet = datasheet(name, data=data)
+    facts = {"name": sheet.dataset.name, "source": sheet.dataset.source, "classes": list(sheet.dataset.classes), "counts": sheet.counts.tolist(),
+             "patients": list(sheet.patients), "majority": sheet.majority, "shared_groups": sheet.shared, "confounds": {k: v[0] for k, v in sheet.confounds.items()}}
+    if picture:
+        facts["picture"] = str(sheet.picture().save(picture))
+    _say(facts, sheet.markdown(), as_json)
+
+
+@data_app.command("leaks")
+def data_leaks(name: str, data: DataOption = "auto", picture: Annotated[Path | None, typer.Option(help="Also draw the copies into this .png.")] = None,
+               as_json: AsJson = False, quiet: Quiet = False):
+    """Patients and near-copies of images in two folds. Exit code 1 when something leaks."""
+    from medimg.data.datasets import load_dataset
+    from medimg.data.leaks import find_leaks, show_leaks
+    dataset = load_dataset(name, data=data, quiet=True)
+    report = find_leaks(dataset, progress=not quiet and not as_json)
+    if picture and report.copies:
+        show_leaks(dataset, report).save(picture)
+    _say(report.to_dict(), repr(report), as_json)
+    raise typer.Exit(0 if report.clean else 1)
+
+# %% ../nbs/foundations/cli.ipynb #1e824563
+@app.command()
+def deidentify(source: Annotated[Path, typer.Argument(help="A DICOM folder or file; nothing in it is changed.")],
+               target: Annotated[Path, typer.Argument(help="An empty folder for the release.")],
+               key: Annotated[Path, typer.Option(help="File with the secret key; keep it where the names are.")],
+               new_key: Annotated[bool, typer.Option("--new-key", help="Make the key file first; refused when it exists.")] = False,
+               profile: Annotated[str, typer.Option(help="basic: PS3.15 Basic Application Level Confidentiality Profile.")] = "basic",
+               option: Annotated[list[str] | None, typer.Option(help="PS3.15 option, repeatable; a wrong name lists them.")] = None,
+               noise: Annotated[float, typer.Option(min=0.0, help="Add Gaussian noise of this standard deviation to the pixels (in stored values).")] = 0.0,
+               resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")] = True,
+               as_json: AsJson = False, quiet: Quiet = False):
+    """Release DICOM without identities: PS3.15 profile, keyed pseudonyms, a report per attribute. Exit code 2 when files were refused."""
+    from medimg.data.deid_profile import make_policy
+    from medimg.data.deid_profile import new_key as make_key
+    from medimg.data.deidentify import deidentify_folder
+    policy = make_policy(profile, tuple(option or ()), noise_sd=noise)
+    if new_key:
+        make_key(key)
+    report = deidentify_folder(source, target, key=key, policy=policy, resume=resume, progress=not quiet and not as_json)
+    _say(report.to_dict(), str(report), as_json)
+    raise typer.Exit(report.exit_code)
 
 # %% ../nbs/foundations/cli.ipynb #7550aa0f
 @app.command()
@@ -362,9 +443,10 @@ def doctor(as_json: AsJson = False):
     lines += [f"  {name}: {where}" for name, where in facts["datasets"].items()]
     _say(facts, "\n".join(lines), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #bb6b239c
+# %% ../nbs/foundations/cli.ipynb #382458a4
 _PARTS = (("onnxruntime", "predict with bundles", None), ("gdcm", "more DICOM codecs", None), ("tensorflow", "train", "train"), ("matplotlib", "figures", "course"),
-          ("jupyterlab", "the chapters", "course"), ("SimpleITK", "exchange with ITK", "course"), ("libjpeg", "JPEG lossless through libjpeg (GPL)", "codecs-gpl"),
+          ("jupyterlab", "the chapters", "course"), ("SimpleITK", "exchange with ITK, bias fields", "course"), ("skimage", "denoising, outlines of masks", "course"),
+          ("highdicom", "segmentation objects", "dicomnet"), ("rapidocr", "text burnt into pixels", "ocr"), ("libjpeg", "JPEG lossless through libjpeg (GPL)", "codecs-gpl"),
           ("pynetdicom", "talk to a PACS", "dicomnet"), ("fastapi", "the service", "serve"), ("weasyprint", "PDF reports", "pdf"), ("ray", "many machines", "ray"))
 
 
@@ -375,7 +457,7 @@ def diagnose() -> dict:
     -------
     dict
         `version`, `python`, `platform`, `cpu`, `cpu_flags`, `data_dirs`, `data_dirs_missing` (named in MEDIMG_DATA),
-        `datasets` (name → where it is), `parts` (each with part, state, remedy).
+        `datasets` (name → where it is, of those found), `parts` (each with part, state, remedy).
 
     Examples
     --------
@@ -389,19 +471,19 @@ def diagnose() -> dict:
 
     import medimg
     from medimg.config import data_dirs
-    from medimg.data.datasets import REGISTRY
+    from medimg.data.datasheets import list_datasets
     named = [Path(d).expanduser() for d in os.environ.get("MEDIMG_DATA", "").split(os.pathsep) if d]
     parts = []
     for module, purpose, extra in _PARTS:
         try:
-            state = version({"gdcm": "python-gdcm", "libjpeg": "pylibjpeg-libjpeg"}.get(module, module)) if find_spec(module) else "missing"
+            state = version({"gdcm": "python-gdcm", "libjpeg": "pylibjpeg-libjpeg", "skimage": "scikit-image"}.get(module, module)) if find_spec(module) else "missing"
         except PackageNotFoundError:
             state = "present"
         parts.append({"part": f"{module} ({purpose})", "state": state, "remedy": f'pip install "medimg[{extra}]"' if state == "missing" and extra else None})
     cpu, flags = _cpu()
     return {"version": medimg.__version__, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cpu_flags": flags,
             "data_dirs": [str(d) for d in data_dirs()], "data_dirs_missing": [str(d) for d in named if not d.is_dir()],
-            "datasets": {info.name: _where(info) for info in REGISTRY.values()}, "parts": parts}
+            "datasets": {row["name"]: row["found"] for row in list_datasets() if row["found"]}, "parts": parts}
 
 
 def _cpu():

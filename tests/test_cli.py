@@ -35,7 +35,7 @@ def mistake(*arguments, cwd=None, words=(), env=None):
 
 def test_every_command_has_help():
     top = medimg("--help", check=0).stdout
-    for verb in ("scan", "read", "data", "train", "evaluate", "reproduce", "bundle", "predict", "report", "demo", "doctor"):
+    for verb in ("scan", "read", "data", "train", "evaluate", "reproduce", "bundle", "predict", "report", "demo", "doctor", "deidentify"):
         assert verb in top
         assert "--help" in medimg(verb, "--help", check=0).stdout
 
@@ -98,6 +98,66 @@ def test_unknown_transfer_syntax_and_mixed_series(tmp_path):
     for name in ("CT_small.dcm", "MR_small.dcm"):
         (two / name).write_bytes(Path(get_testdata_file(name)).read_bytes())
     assert "2 image series" in mistake("read", two, cwd=tmp_path, words=["series_uid"])
+
+
+def test_a_tilted_uneven_series_is_made_upright_on_request(data_root, tmp_path):
+    source = data_root / "dicom_qa_ct" / "GE"
+    plain = json.loads(medimg("read", source, "--no-write", "--json", check=0).stdout)
+    assert plain["spacing_mm"] is None and plain["tilt_deg"] == pytest.approx(18.5, abs=0.01)
+    upright = json.loads(medimg("read", source, "--untilt", "--resample", "--out", tmp_path, "--json", check=0).stdout)
+    assert upright["tilt_deg"] < 0.01 and upright["spacing_mm"][0] > 1
+    image = nib.load(tmp_path / "GE.nii.gz")
+    steps = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    assert np.allclose(steps.T @ steps, np.eye(3), atol=1e-3)
+
+
+def test_a_time_series_is_written_moment_by_moment(data_root, tmp_path):
+    facts = json.loads(medimg("read", data_root / "dicom_qa_enh" / "In", "--out", tmp_path, "--json", check=0).stdout)
+    assert len(facts) == 4 and all(f["shape"] == [6, 64, 64] for f in facts)
+    reference = nib.load(next((data_root / "dicom_qa_enh" / "Ref").glob("*.nii*"))).get_fdata()
+    moments = [nib.load(p).get_fdata() for p in sorted(tmp_path.glob("*-t00?.nii.gz"))]
+    assert len(moments) == 4 and {m.mean().round(6) for m in moments} == {reference[..., k].mean().round(6) for k in range(4)}
+
+
+def test_scan_draws_a_quality_report(tmp_path):
+    seen = json.loads(medimg("scan", CT, "--pictures", tmp_path / "qa", "--json", check=0).stdout)
+    (quality,) = seen["quality"]
+    assert quality["result"] in ("ok", "not checked", "info") and {c["name"] for c in quality["checks"]} >= {"placed", "unit"}
+    assert (tmp_path / "qa" / "series_001.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_untrusted_files_can_be_decoded_apart():
+    facts = [json.loads(medimg("read", get_testdata_file("JPEG2000.dcm"), "--no-write", "--json", *more, check=0).stdout) for more in ([], ["--isolate"])]
+    assert facts[0] == facts[1]
+    mistake("read", "a.nii.gz", "--isolate", words=["DICOM"])
+
+
+def test_data_sheet_and_leaks(data_root, tmp_path):
+    sheet = json.loads(medimg("data", "sheet", "pneumoniamnist", "--picture", tmp_path / "p.png", "--json", check=0).stdout)
+    assert np.sum(sheet["counts"]) == 4708 + 524 + 624 and (tmp_path / "p.png").exists()
+    leaks = json.loads(medimg("data", "leaks", "pneumoniamnist", "--json", check=1).stdout)
+    assert leaks["exact_groups_across"] == 8 and not leaks["clean"]          # as the data's own notes say
+
+
+def test_deidentify_releases_resumes_and_recognises(tmp_path):
+    import shutil
+    (tmp_path / "in").mkdir()
+    for name in ("CT_small.dcm", "MR_small.dcm"):
+        shutil.copy(get_testdata_file(name), tmp_path / "in")
+    command = ("deidentify", tmp_path / "in", tmp_path / "out", "--key", tmp_path / "key")
+    mistake(*command, words=["key"])
+    assert not (tmp_path / "out").exists()
+    first = json.loads(medimg(*command, "--new-key", "--json", check=0).stdout)
+    assert first["written"] == 2 and "not a medical device" in first["disclaimer"]
+    released = sorted((tmp_path / "out").rglob("*.dcm"))
+    assert len(released) == 2 and not any(b"CompressedSamples" in f.read_bytes() for f in released)
+    assert json.loads(medimg(*command, "--json", check=0).stdout)["resumed"] == 2
+    again = json.loads(medimg("deidentify", tmp_path / "out", tmp_path / "twice", "--key", tmp_path / "key", "--json", check=0).stdout)
+    assert again["recognised"] == 2
+    (tmp_path / "in" / "cut.dcm").write_bytes((tmp_path / "in" / "CT_small.dcm").read_bytes()[:3000])
+    done = medimg(*command, check=2)
+    assert "cut.dcm" in done.stdout and "Traceback" not in done.stderr
+    mistake("deidentify", tmp_path / "in", tmp_path / "x", "--key", tmp_path / "key", "--option", "everything", words=["retain-uids"])
 
 
 def test_data_mistakes_name_the_nearest(tmp_path):
