@@ -508,7 +508,7 @@ def test_nothing_that_a_worker_sends_is_run(monkeypatch, tmp_path):
     try:
         environment = Path(f"/proc/{worker.process.pid}/environ")
         assert not environment.exists() or b"MEDIMG_SECRET" not in environment.read_bytes()
-        monkeypatch.setattr(worker, "_line", lambda limit_s: (b'{"value": {"is": "array"}}\n', False))
+        monkeypatch.setattr(untrusted, "_line", lambda process, limit_s: (b'{"value": {"is": "array"}}\n', False))
         with pytest.raises(DicomError, match="nonsense"):
             worker.ask({"function": "medimg.errors.printable", "path": "x", "limit_s": 5, "memory_mb": 100, "options": {}})
         assert not worker.alive()

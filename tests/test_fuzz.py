@@ -137,4 +137,4 @@ def test_any_bytes_at_all(readers, raw, prefix):
 @given(st.text(max_size=300), st.text(max_size=80), st.text(max_size=80))
 def test_a_message_is_one_printable_line_whatever_was_in_the_file(what, path, remedy):
     said = str(MedimgError(what, path=path, remedy=remedy))
-    assert len(said.splitlines()) <= 1 and printable(said) == said and said.encode()
+    assert len(said.splitlines()) <= 1 and printable(said) == said == said.encode().decode()

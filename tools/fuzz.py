@@ -428,7 +428,7 @@ def judge(function, path) -> tuple:
 
 # ---- the child -----------------------------------------------------------------------------------------------------------------
 def child(options) -> None:
-    """Judge mutants one after the other; a line `# number` before each, `! {json}` for a fault, `= {json}` at the end."""
+    """Judge mutants one after the other; a line `# number parser` before each, `+ parser: verdict` after, `! {json}` for a fault, `= {json}` at the end."""
     import warnings
     say, nothing = os.fdopen(os.dup(1), "w", buffering=1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
@@ -442,7 +442,7 @@ def child(options) -> None:
             for _, function in readers[kind]:
                 judge(function, path)
     peak = _limit_memory()
-    counts, slowest, faults = collections.Counter(), (0.0, ""), 0
+    slowest = (0.0, "")
     start, number = time.monotonic(), options.start
     while number < options.start + options.mutants and time.monotonic() - start < options.seconds:
         name, kind, done, data = mutant(number, options.seed, files)
@@ -458,13 +458,13 @@ def child(options) -> None:
         if verdict in ("read", "refused") and new > peak + SLACK_MB and new > peak + SLACK_MB + 4 * max(len(data), declared_bytes(path)) / 2**20:
             verdict, said = "memory", f"{new - peak:.0f} MB more for a file of {len(data)} bytes"
         peak = max(peak, new)
-        counts[f"{reader}: {verdict}"] += 1
+        say.write(f"+ {reader}: {verdict}\n")
         slowest = max(slowest, (cpu, f"mutant {number} of {name} by {reader}"))
         if verdict not in ("read", "refused") or options.keep:
             say.write("! " + json.dumps({"number": number, "file": name, "parser": reader, "operators": done, "fault": verdict, "said": said}) + "\n")
             _keep(options.out, number, path)
         number += 1
-    say.write("= " + json.dumps({"counts": counts, "slowest": slowest, "next": number, "faults": faults}) + "\n")
+    say.write("= " + json.dumps({"slowest": slowest, "next": number}) + "\n")
 
 
 def _limit_memory():
@@ -536,7 +536,8 @@ def _follow(process, counts, faults):
                 faults.append(json.loads(line[2:]))
             elif line.startswith("= "):
                 ended = json.loads(line[2:])
-                counts.update(ended["counts"])
+            elif line.startswith("+ "):
+                counts[line[2:].strip()] += 1
     finally:
         clock.cancel()
         process.wait()

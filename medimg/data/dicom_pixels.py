@@ -6,7 +6,7 @@
 __all__ = ['MAX_IMAGE_BYTES', 'MAX_DEFLATED_BYTES', 'read_header', 'image_shape', 'codestream_size', 'decode', 'typed_errors',
            'codestream_bits', 'expand_segments', 'apply_palette', 'padding_mask', 'read_pixels', 'to_unit']
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #b659e25e
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #eec5ce5a
 import contextlib
 import struct
 import warnings
@@ -69,7 +69,7 @@ def read_header(path, *, pixels: bool = False):
     except Exception as error:                       # pydicom raises many kinds on malformed bytes
         raise DicomError(f"the header cannot be read ({type(error).__name__})", path=path, remedy="copy or export the file again") from error
 
-
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #17b6fd6f
 def _check_deflated(path):
     """Refuse a Deflated file (PS3.5 A.5) that unfolds to more than an image may hold, before pydicom unfolds it at once."""
     import zlib
@@ -155,7 +155,7 @@ def _whole(header, keyword, default, path):
     except DicomError as error:
         raise DicomError(error.what, path=path, remedy="export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #285fc187
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #beafca8b
 def codestream_size(data: bytes):
     """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 codestream states, or None where none can be found.
 
@@ -201,15 +201,22 @@ def _check_frames(header, shape, path):
     found = 0
     for found, frame in enumerate(generate_frames(header.PixelData, number_of_frames=frames, extended_offsets=offsets if all(offsets) else None), 1):
         size = codestream_size(frame)
-        if size and size != (rows, columns) and size[0]:
+        if size is None and str(header.file_meta.TransferSyntaxUID).startswith("1.2.840.10008.1.2.4."):
+            raise DicomError(f"frame {found} holds no JPEG picture", path=path, remedy="export the file again")
+        if size and size != (rows, columns):
             raise DicomError(f"frame {found} is {size[0]} × {size[1]}, but the header says {rows} × {columns}", path=path, remedy="export the file again")
         if found == frames:
             break
     if found < frames:
         raise DicomError(f"pixel data are truncated: {found} of {frames} frames", path=path, remedy="copy the file again")
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #cd26fbfe
-_PREFERRED = {"1.2.840.10008.1.2.5": "pylibjpeg", "1.2.840.10008.1.2.4.80": "pyjpegls", "1.2.840.10008.1.2.4.81": "pyjpegls"}
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #2b62b62b
+#: Decoders in the order of our trust; gdcm, which may end the process on a broken frame, only where no other is installed or able.
+_ORDER = {"1.2.840.10008.1.2.5": ("pylibjpeg", "pydicom"),
+          **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (50, 51)), ("pillow", "pylibjpeg", "gdcm")),
+          **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (57, 70)), ("gdcm", "pylibjpeg")),
+          **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (80, 81)), ("pyjpegls", "gdcm")),
+          **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)), ("pylibjpeg", "pillow", "gdcm"))}
 _JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
 
 
@@ -262,6 +269,13 @@ def decode(header, path=None) -> np.ndarray:
 def typed_errors(what: str, path=None):
     """Any exception inside the block becomes a DicomError that names the file; those of medimg pass.
 
+    Parameters
+    ----------
+    what : str
+        What could not be done.
+    path : str or Path, optional
+        The file.
+
     Examples
     --------
     >>> with typed_errors("cannot be read", "a.dcm"):
@@ -279,7 +293,7 @@ def typed_errors(what: str, path=None):
     except BaseException as error:                   # many kinds on malformed bytes; a decoder in Rust panics past `Exception`
         raise DicomError(f"{what} ({type(error).__name__})", path=path, remedy="copy or export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #686a8073
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #70c7e062
 def _decoder(syntax, path):
     from pydicom.pixels import get_decoder
     try:
@@ -298,19 +312,26 @@ def _native(decoder, header, shape):
 
 
 def _packed(decoder, header, shape):
-    wanted = _PREFERRED.get(str(decoder.UID), "")
-    wanted = wanted if wanted in decoder.available_plugins else ""
-    try:
-        stored, _ = decoder.as_array(header, decoding_plugin=wanted, allow_excess_frames=False)
-    except BaseException as error:
-        if not wanted or isinstance(error, (KeyboardInterrupt, SystemExit)):
+    usable = [p for p in _ORDER.get(str(decoder.UID), ()) if p in decoder.available_plugins] or [""]
+    mishap = None
+    for plugin in usable[:1] + [p for p in usable[1:] if p != "gdcm"]:
+        try:
+            stored, _ = decoder.as_array(header, decoding_plugin=plugin, allow_excess_frames=False)
+            return stored.reshape(*shape[:3], *([3] if shape[3] == 3 else []))
+        except (KeyboardInterrupt, SystemExit):
             raise
-        stored, _ = decoder.as_array(header, allow_excess_frames=False)
-    return stored.reshape(*shape[:3], *([3] if shape[3] == 3 else []))
+        except BaseException as error:              # Rust decoders panic with a BaseException
+            mishap = error
+    raise mishap
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #f98b02c3
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #bf68352a
 def codestream_bits(header) -> int:
     """Bits a sample that the first packed JPEG frame states (T.81 B.2.2); Bits Stored where it does not say.
+
+    Parameters
+    ----------
+    header : pydicom.Dataset
+        With its pixel data.
 
     Examples
     --------
@@ -348,7 +369,7 @@ def _twelve_bit(header, shape):
         out[k] = np.frombuffer(raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else raw, "<u2").reshape(rows, columns)
     return out if not header.get("PixelRepresentation") else ((out << 4).view("int16") >> 4)
 
-
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #a78f3265
 def _used_bits(stored, header):
     """Only the bits that belong to the pixel (PS3.5 8.1.1): shifted down by High Bit, the others 0 or the sign."""
     allocated, used = 8 * stored.dtype.itemsize, int(number_of(header, "BitsStored", 16))

@@ -6,7 +6,7 @@
 __all__ = ['number_of', 'stored_range', 'look_up', 'rescale_of', 'apply_modality_lut', 'units_of', 'apply_voi', 'Window',
            'is_negative', 'meant_range', 'windows_of', 'window_of', 'to_display', 'suv_factor']
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #e6a67864
+# %% ../../nbs/data/02f_dicom_units.ipynb #430c9e61
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,10 @@ def _name(header):
 
 def stored_range(header) -> tuple:
     """The smallest and the largest value that Bits Stored (0028,0101) and Pixel Representation (0028,0103) can hold.
+
+    Parameters
+    ----------
+    header : pydicom.Dataset
 
     Examples
     --------
@@ -286,7 +290,7 @@ def apply_voi(values, center: float, width: float, *, function: str = "LINEAR") 
         return (values > center - half).astype("float32")
     return np.clip((values - (center - half)) / (width - 2 * half) + 0.5, 0, 1).astype("float32")
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #23c270fd
+# %% ../../nbs/data/02f_dicom_units.ipynb #44d93195
 class Window(NamedTuple):
     """One preset of a file: `center` and `width` in the unit of the array, `function` and `name` (may be empty)."""
 
@@ -298,6 +302,10 @@ class Window(NamedTuple):
 
 def is_negative(header) -> bool:
     """Whether the picture is stored as a negative that `read_pixels` turns: MONOCHROME1, but not CT and PET, whose sense is fixed by the unit.
+
+    Parameters
+    ----------
+    header : pydicom.Dataset
 
     Examples
     --------
@@ -311,6 +319,10 @@ def is_negative(header) -> bool:
 
 def meant_range(header) -> tuple:
     """What the smallest and the largest storable number mean, in the modality's unit, as floats.
+
+    Parameters
+    ----------
+    header : pydicom.Dataset
 
     Examples
     --------
@@ -367,6 +379,10 @@ def _list(value):
 
 def window_of(header):
     """(center, width) of the first usable preset, or None; see `windows_of`.
+
+    Parameters
+    ----------
+    header : pydicom.Dataset
 
     Examples
     --------
@@ -497,7 +513,7 @@ def _private(header, group, creator, offset):
         return None
     return value if math.isfinite(value) and value > 0 else None
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #ea66b5a4
+# %% ../../nbs/data/02f_dicom_units.ipynb #824e00f6
 def _dose_at_reference(header):
     """The injected dose in Bq, decayed to the time to which the image was corrected."""
     given = header.get("RadiopharmaceuticalInformationSequence")
@@ -538,7 +554,7 @@ def _reference_time(header, half_life):
     middle = math.log(rate * lasted / -math.expm1(-rate * lasted)) / rate if lasted > 0 else 0.0     # when the mean rate occurred
     return acquired + datetime.timedelta(seconds=max(min(middle - after, 1e6), -1e6))
 
-
+# %% ../../nbs/data/02f_dicom_units.ipynb #0dd96a90
 def _ge_scan_time(header):
     try:
         text = str(header.private_block(0x0009, "GEMS_PETD_01")[0x0D].value)

@@ -6,7 +6,7 @@
 __all__ = ['MEMORY_MB', 'LIMIT_S', 'pack', 'unpack', 'serve', 'Worker', 'isolated', 'close_workers', 'read_isolated',
            'decode_isolated', 'rehearse']
 
-# %% ../../nbs/data/02d_untrusted.ipynb #5b97e942
+# %% ../../nbs/data/02d_untrusted.ipynb #101f1766
 import atexit
 import contextlib
 import importlib
@@ -31,7 +31,7 @@ from ..errors import ConfigError, DicomError, MedimgError
 MEMORY_MB, LIMIT_S = 4096, 10.0
 _JOBS, _IDLE, _LINE = 500, 4, 1 << 24       # files a worker reads before it is replaced; workers kept; bytes of one answer
 
-
+# %% ../../nbs/data/02d_untrusted.ipynb #59f393c8
 def pack(value, folder: Path):
     """A result as JSON-ready data; arrays are saved as .npy files in `folder`.
 
@@ -73,9 +73,16 @@ def pack(value, folder: Path):
         return {"is": "Volume", "of": [pack(v, folder) for v in fields]}
     raise ConfigError(f"a worker cannot send a {type(value).__name__}", remedy="return arrays, volumes, text, numbers, lists or dicts")
 
-
+# %% ../../nbs/data/02d_untrusted.ipynb #04a08f24
 def unpack(data, folder: Path):
     """What `pack` packed; never runs code that came along.
+
+    Parameters
+    ----------
+    data : object
+        Read from JSON.
+    folder : Path
+        Where the .npy files lie.
 
     Examples
     --------
@@ -95,13 +102,19 @@ def unpack(data, folder: Path):
         return Volume(array, affine, modality=modality, units=units, meta=meta, slice_positions_mm=places)
     return tuple(items) if kind == "tuple" else items
 
-# %% ../../nbs/data/02d_untrusted.ipynb #4693f07e
+# %% ../../nbs/data/02d_untrusted.ipynb #d0a4a906
 def serve() -> None:
     """The loop of a worker: one JSON job a line on standard input, one JSON answer a line on standard output; ends with its input.
 
     References
     ----------
     POSIX `setrlimit`; on systems without the `resource` module only the time limit of the caller holds.
+
+    Examples
+    --------
+    >>> done = subprocess.run([sys.executable, "-c", "from medimg.data.untrusted import serve; serve()"], input=b"", capture_output=True)
+    >>> done.stdout
+    b'ready\\n'
     """
     answers, nothing = os.fdopen(os.dup(1), "wb"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
@@ -134,7 +147,7 @@ def _answer(job):
 def _error(what, path):
     return DicomError(what, path=path, remedy="copy or export the file again").to_dict()
 
-
+# %% ../../nbs/data/02d_untrusted.ipynb #d9fb77a2
 def _limit(memory_mb, limit_s):
     """Limits counted from now; None lifts them as far as the system allows."""
     try:
@@ -152,7 +165,7 @@ def _limit(memory_mb, limit_s):
         soft = wanted.get(kind, hard)
         resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard) if soft != resource.RLIM_INFINITY else hard, hard))
 
-# %% ../../nbs/data/02d_untrusted.ipynb #2ebd6fc4
+# %% ../../nbs/data/02d_untrusted.ipynb #16a23baf
 _KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "MEDIMG_DATA", "MEDIMG_CACHE", "HOME")
 
 
@@ -171,51 +184,19 @@ class Worker:
 
     def __init__(self):
         self.folder, self.jobs = Path(tempfile.mkdtemp(prefix="medimg-")), 0
-        paths = os.pathsep.join(dict.fromkeys([str(Path(errors.__file__).resolve().parents[1]), *(p for p in sys.path if p)]))
-        env = {k: os.environ[k] for k in _KEPT if k in os.environ} | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, "-c", "from medimg.data.untrusted import serve; serve()"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=self.folder, env=env, start_new_session=True)
-        if self._line(60)[0] != b"ready\n":
+        self.process = _started(self.folder)
+        if _line(self.process, 60)[0] != b"ready\n":
             self.close()
             raise ConfigError("a worker process could not be started", remedy="check that this Python may start processes")
-
-    def _line(self, limit_s):
-        """One line of the worker's output and whether the time ran out."""
-        late = threading.Event()
-        timer = threading.Timer(limit_s, lambda: (late.set(), self.process.kill()))
-        timer.start()
-        try:
-            return self.process.stdout.readline(_LINE), late.is_set()
-        finally:
-            timer.cancel()
 
     def alive(self) -> bool:
         """Whether the process still runs."""
         return self.process.poll() is None
 
     def ask(self, job: dict):
-        """The value of one job; see `isolated`."""
+        """The value of one `job`; see `isolated`."""
         self.jobs += 1
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(job | {"folder": str(self.folder)}).encode() + b"\n")
-            self.process.stdin.flush()
-        line, late = self._line(job["limit_s"])
-        if not line.endswith(b"\n"):
-            self.process.kill()
-            raise DicomError(_how_it_ended(self.process.wait(), late, job), path=job["path"], remedy="do not open the file elsewhere; ask for it again")
-        try:
-            answer = json.loads(line)
-            if "error" not in answer:
-                return unpack(answer["value"], self.folder)
-            fields = answer["error"]
-            kind = getattr(errors, str(fields["type"]), DicomError)
-            kind = kind if isinstance(kind, type) and issubclass(kind, MedimgError) else DicomError
-            error = kind(str(fields["what"])[:300], path=fields["path"] and str(fields["path"]), remedy=fields["remedy"] and str(fields["remedy"])[:200])
-        except (KeyError, TypeError, ValueError, OSError, RecursionError) as mishap:
-            self.process.kill()
-            self.process.wait()
-            raise DicomError("a worker process answered nonsense", path=job["path"], remedy="do not open the file elsewhere") from mishap
-        raise error
+        return _asked(self.process, job | {"folder": str(self.folder)})
 
     def tidy(self) -> bool:
         """Empty the folder; True when the worker may be used again."""
@@ -231,6 +212,55 @@ class Worker:
         self.process.stdout.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+# %% ../../nbs/data/02d_untrusted.ipynb #3dfa2fef
+def _started(folder):
+    paths = os.pathsep.join(dict.fromkeys([str(Path(errors.__file__).resolve().parents[1]), *(p for p in sys.path if p)]))
+    env = {k: os.environ[k] for k in _KEPT if k in os.environ} | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", "from medimg.data.untrusted import serve; serve()"], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env=env, start_new_session=True)
+
+
+def _line(process, limit_s):
+    """One line of the worker's output and whether the time ran out."""
+    late = threading.Event()
+    timer = threading.Timer(limit_s, lambda: (late.set(), process.kill()))
+    timer.start()
+    try:
+        return process.stdout.readline(_LINE), late.is_set()
+    finally:
+        timer.cancel()
+
+
+def _asked(process, job):
+    with contextlib.suppress(OSError):
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+    line, late = _line(process, job["limit_s"])
+    if not line.endswith(b"\n"):
+        process.kill()
+        raise DicomError(_how_it_ended(process.wait(), late, job), path=job["path"], remedy="do not open the file elsewhere; ask for it again")
+    try:
+        value, error = _understood(line, Path(job["folder"]))
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as mishap:
+        process.kill()
+        process.wait()
+        raise DicomError("a worker process answered nonsense", path=job["path"], remedy="do not open the file elsewhere") from mishap
+    if error:
+        raise error
+    return value
+
+# %% ../../nbs/data/02d_untrusted.ipynb #6b62e131
+def _understood(line, folder):
+    """(value, None) or (None, error) from a worker's answer; the error's type is looked up among ours, never imported."""
+    answer = json.loads(line)
+    if "error" not in answer:
+        return unpack(answer["value"], folder), None
+    fields = answer["error"]
+    kind = getattr(errors, str(fields["type"]), DicomError)
+    kind = kind if isinstance(kind, type) and issubclass(kind, MedimgError) else DicomError
+    path, remedy = (fields[k] and str(fields[k])[:400] for k in ("path", "remedy"))
+    return None, kind(str(fields["what"])[:300], path=path, remedy=remedy)
+
 
 def _how_it_ended(code, late, job):
     if late:
@@ -240,7 +270,7 @@ def _how_it_ended(code, late, job):
     except ValueError:
         return f"ended its decoder with code {code}; nothing else was harmed"
 
-# %% ../../nbs/data/02d_untrusted.ipynb #2866ccb7
+# %% ../../nbs/data/02d_untrusted.ipynb #9301c179
 _pool, _lock, _owner = [], threading.Lock(), [os.getpid()]
 
 
@@ -291,7 +321,7 @@ def isolated(function: str, path, *, limit_s: float = LIMIT_S, memory_mb: int = 
     finally:
         _give(worker)
 
-
+# %% ../../nbs/data/02d_untrusted.ipynb #f03cb7b7
 def _take():
     with _lock:
         if _owner[0] != os.getpid():
