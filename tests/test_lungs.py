@@ -96,7 +96,8 @@ def test_airway_is_in_the_truth():
     airway = airway_mask(case.volume)
     lung = np.isin(case.labels, [LABELS["lung_right"], LABELS["lung_left"]])
     assert airway.sum() > 0.4 * (case.labels == LABELS["airway"]).sum() and (airway & lung).sum() < 0.2 * airway.sum()
-    assert not airway_mask(case.volume.crop(z=slice(0, 30))).any() or airway_mask(case.volume.crop(z=slice(0, 30))).sum() < airway.sum()
+    below = case.volume.crop(z=slice(0, 34))                             # cut below the carina: no windpipe, a bubble in the stomach
+    assert not airway_mask(below).any() and dice(segment_lungs(below) > 0, segment_lungs(case.volume)[:34] > 0) > 0.93
 
 
 def test_refusals(small):
@@ -134,10 +135,10 @@ def test_chest_box_on_hand_drawn_masks(data_root):
 
 
 def test_chest_box_scales_with_the_image():
-    image = radiograph(draw_anatomy(3), size=512)[0].array[0]
+    image = radiograph(draw_anatomy(3), size=256)[0].array[0]
     boxes = [chest_box(image[::k, ::k]) for k in (1, 2, 4)]
     for box, k in zip(boxes, (1, 2, 4)):
-        assert all(abs(a.start - b.start * k) < 14 and abs(a.stop - b.stop * k) < 14 for a, b in zip(boxes[0], box))
+        assert all(abs(a.start - b.start * k) < 8 and abs(a.stop - b.stop * k) < 8 for a, b in zip(boxes[0], box))
 
 
 @pytest.mark.parametrize("image", [np.zeros((64, 64)), np.random.default_rng(0).normal(size=(64, 40)), np.tile(np.arange(64.0), (64, 1))])

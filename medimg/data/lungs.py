@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LUNG_LABELS', 'airway_mask', 'segment_lungs', 'chest_box']
 
-# %% ../../nbs/data/06b_lungs.ipynb #1f93fa0a
+# %% ../../nbs/data/06b_lungs.ipynb #98499bbc
 import numpy as np
 
 from .volume import Volume
@@ -30,7 +30,7 @@ def _chosen(pieces, ids):
     return wanted[pieces]
 
 
-def _trachea(hu, spacing, search_mm=120, reach_mm=60):
+def _trachea(hu, spacing, search_mm=120, reach_mm=(60, 30)):
     """(z, mask (y, x)) of the windpipe in the highest slice that shows it alone; (None, None) when there is none."""
     from scipy import ndimage
     for z in range(len(hu) - 1, max(-1, len(hu) - 1 - int(search_mm / spacing[0])), -1):
@@ -40,9 +40,11 @@ def _trachea(hu, spacing, search_mm=120, reach_mm=60):
         able = [k for k in range(1, n + 1) if k not in rim and 40 < area[k] < 900]
         if able and (hu[z] > -300).any():
             body = np.argwhere(hu[z] > -300).mean(0)
-            away = [np.hypot(*((np.array(c) - body) * spacing[1:])) for c in ndimage.center_of_mass(pieces > 0, pieces, able)]
-            if min(away) < reach_mm:
-                return z, pieces == able[int(np.argmin(away))]
+            away = np.abs((ndimage.center_of_mass(pieces > 0, pieces, able) - body) * spacing[1:]) / reach_mm
+            if away.max(1).min() < 1:                       # within 60 mm in front or behind, 30 mm to the side
+                return z, pieces == able[int(away.max(1).argmin())]
+        if max((area[k] for k in range(1, n + 1) if k not in rim), default=0) > 2500:
+            break                                           # lungs without a windpipe: the scan begins below it
     return None, None
 
 # %% ../../nbs/data/06b_lungs.ipynb #3c3bdbfd
@@ -109,25 +111,21 @@ def _straight(volume):
         raise DatasetError(f"lungs are found in CT, in HU, not in {volume.units!r} with axes {len(volume.shape)}", remedy="read the CT series itself")
     return volume.reorient("SPL")
 
-# %% ../../nbs/data/06b_lungs.ipynb #cd1944f2
-def _ball(radius_mm, spacing):
-    reach = [int(radius_mm // step) for step in spacing]
-    grid = np.ogrid[tuple(slice(-n, n + 1) for n in reach)]
-    return sum((g * step) ** 2 for g, step in zip(grid, spacing)) <= radius_mm**2
-
-
+# %% ../../nbs/data/06b_lungs.ipynb #ee62a915
 def _pieces(hu, airway, spacing, least_ml=100):
     """One or two lung-like pieces of air: not the room, not the airway, not a bubble of gas."""
     from scipy import ndimage
     air = hu < -400
     if airway.any():
-        air &= ~ndimage.binary_dilation(airway, _ball(3.1, spacing))
+        (near,) = ndimage.find_objects(airway.astype(np.uint8))
+        near = tuple(slice(max(0, s.start - 4), s.stop + 4) for s in near)
+        air[near] &= ndimage.distance_transform_edt(~airway[near], sampling=spacing) > 3
     pieces, n = ndimage.label(air)
     rim = np.unique(np.concatenate([pieces[:, [0, -1]].ravel(), pieces[:, :, [0, -1]].ravel()]))
     size = np.bincount(pieces.ravel(), minlength=n + 1) * np.prod(spacing) / 1000
     size[rim], size[0] = 0, 0
     big = [int(k) for k in np.argsort(size)[::-1][:4] if size[k] > least_ml]
-    big = [k for k, mean in zip(big, ndimage.mean(hu, pieces, big) if big else ()) if mean > -940][:2]
+    big = [k for k in big if hu[pieces == k].mean() > -940][:2]
     if not big:
         raise DatasetError("no lungs found: no piece of air above 100 ml inside the body", remedy="give a CT of the chest, in HU")
     return [pieces == k for k in big if size[k] > 0.15 * size[big[0]]]

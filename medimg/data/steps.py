@@ -104,7 +104,7 @@ def _resample(volume, spacing_mm):
     soft = gaussian_filter(volume.array, [*sigma, *[0] * (volume.array.ndim - 3)], mode="nearest") if sigma.any() else volume.array
     return volume.with_array(soft).resample(tuple(new))
 
-# %% ../../nbs/data/06c_steps.ipynb #19ba4248
+# %% ../../nbs/data/06c_steps.ipynb #bd7fdef8
 def body_box(array, threshold: float = -300.0, *, margin_px: int = 0) -> tuple:
     """The box around the largest connected piece brighter than a threshold, without the table.
 
@@ -151,7 +151,7 @@ def _crop_body(x, threshold, margin_px):
     return x[:, y, x_range]
 
 
-@step(alone=True, margin=(float, 0.0, 0.5, 0.04))
+@step(alone=True, margin=(float, 0.0, 0.5, 0.08))
 def _crop_chest(x, margin):
     """Cut a frontal chest radiograph to `chest_box`; the margin as a share of the image's sides."""
     require_grey(x, "crop_chest")
@@ -183,7 +183,7 @@ def _nlm(x, h):
 def _tv(x, weight):
     return _each(x, lambda image: denoise.tv(image, weight))
 
-# %% ../../nbs/data/06c_steps.ipynb #4cd93135
+# %% ../../nbs/data/06c_steps.ipynb #92a6d1f8
 def n4(array, *, shrink: int = 4, threshold: float | None = None) -> np.ndarray:
     """An image divided by its bias field, estimated by N4 within the body.
 
@@ -232,7 +232,8 @@ def n4(array, *, shrink: int = 4, threshold: float | None = None) -> np.ndarray:
         raise DatasetError("no voxel is brighter than 0 and the threshold", remedy="lower the threshold, or do not correct this image")
     steps = [max(1, min(shrink, size // 8)) for size in x.shape[::-1]]
     worker = sitk.N4BiasFieldCorrectionImageFilter()
-    worker.SetMaximumNumberOfIterations([30, 30, 20])
+    worker.SetMaximumNumberOfIterations([50, 50, 50])
+    worker.SetConvergenceThreshold(1e-6)
     worker.SetNumberOfThreads(1)                            # the same bits on every machine with this wheel
     small = sitk.GetImageFromArray(inside.astype(np.uint8))
     worker.Execute(sitk.Shrink(sitk.Maximum(image, 1e-3), steps), sitk.Shrink(small, steps))
