@@ -39,7 +39,7 @@ def bspline_rows(positions, count: int) -> np.ndarray:
     a = abs(np.asarray(positions, float)[:, None] - (np.arange(count) - 1))
     return np.where(a < 1, 2 / 3 - a**2 + a**3 / 2, np.maximum(2 - a, 0) ** 3 / 6)
 
-# %% ../../nbs/data/07a_augment3d.ipynb #31d1234f
+# %% ../../nbs/data/07a_augment3d.ipynb #066ab8e5
 @dataclass(frozen=True, eq=False)
 class Field:
     """A smooth displacement, in voxels, of where each voxel's value comes from.
@@ -81,11 +81,15 @@ class Field:
 
     def at(self, points) -> np.ndarray:
         """(n, d) displacements at output voxels `points` (n, d), which may be fractional."""
-        moved = np.moveaxis(self.control, 0, -1)[None]
-        for axis in range(len(self.step)):
-            rows = self.rows(axis, points[:, axis])
-            moved = (moved * rows.reshape(*rows.shape, *[1] * (moved.ndim - 2))).sum(1)
-        return moved
+        points, grid = np.asarray(points, float), np.moveaxis(self.control, 0, -1)
+        out = np.empty(points.shape)
+        for first in range(0, len(points), 4096):          # in pieces: the intermediate products are large
+            part = points[first:first + 4096]
+            moved = np.tensordot(self.rows(0, part[:, 0]), grid, 1)
+            for axis in range(1, len(self.step)):
+                moved = np.einsum("ng,ng...->n...", self.rows(axis, part[:, axis]), moved)
+            out[first:first + 4096] = moved
+        return out
 
 
 def draw_field(shape, spacing_mm, *, control_mm: float = 32.0, max_mm: float = 6.0, seed: int = 0) -> Field:
