@@ -105,7 +105,7 @@ def _name(tag):
         return f"{group >> 8:02x}xx"
     return f"{tag:08x}" if known_vr(tag) else "unknown"
 
-# %% ../../nbs/data/09d_rewrite.ipynb #75286bf1
+# %% ../../nbs/data/09d_rewrite.ipynb #ba28efc7
 def _empty(self, tag, vr, value, mode):
     return self.pseudonym(tag, value) or b""
 
@@ -133,8 +133,7 @@ def _keep(self, tag, vr, value, mode):
     if mode == "C" and vr in _WORDS:
         return clean_text(_text(value)).encode() or b"REMOVED"
     if vr == "UI" and tag not in self.policy.actions and known_vr(tag):
-        return _text(value).encode("latin-1") if re.search("Class|Scheme|Syntax|Context|Mapping", _keyword(tag)) and well_formed("UI", _text(value)) \
-            else self.uids(tag, vr, value, mode)
+        return value if tag == 0x00080016 and well_formed("UI", _text(value)) else self.uids(tag, vr, value, mode)       # a private class is still a class
     if vr not in _STRINGS:
         return value
     text = _text(value)
@@ -150,11 +149,6 @@ def _pseudonym(self, tag, value):
         return self.names.name("patient", own).encode() if own else b""
     role = {_ACCESSION: "accession", _STUDY_ID: "study"}.get(tag)
     return self.names.name(role, own).encode() if role and own else None
-
-
-def _keyword(tag):
-    from pydicom.datadict import keyword_for_tag
-    return keyword_for_tag(tag)
 
 
 _Walk.empty, _Walk.dummy, _Walk.uids, _Walk.clean, _Walk.keep, _Walk.pseudonym = _empty, _dummy, _uids, _clean, _keep, _pseudonym

@@ -211,7 +211,7 @@ class _Job:
             tmp.write_bytes(data)
         return place
 
-# %% ../../nbs/data/09_deidentify.ipynb #41e406e2
+# %% ../../nbs/data/09_deidentify.ipynb #c197a2e6
 class _Journal:
     """The list of finished files in the target; each set of counts is written once, since the slices of a series share it."""
 
@@ -225,8 +225,11 @@ class _Journal:
         elif target.exists() and any(target.iterdir()):
             raise ConfigError("the target is not empty", path=target, remedy="give an empty folder")
         target.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a", encoding="utf-8")      # one line a file, flushed: a cut-off last line is ignored
-        if not self.done and not self.sets:
+        broken = self.path.exists() and not self.path.read_bytes()[-1:] in (b"", b"\n")
+        self.file = open(self.path, "a", encoding="utf-8")      # one line a file, flushed; a line that was cut off is ended, and ignored
+        if broken:
+            self.file.write("\n")
+        if not self.path.stat().st_size:
             self._write(head)
 
     def _read(self, head):
