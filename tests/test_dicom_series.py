@@ -377,6 +377,24 @@ def test_isolated_decoding_gives_the_same_voxels():
     assert np.array_equal(read(path, isolate=True).array, read(path).array)
 
 
+def test_helper_processes_give_the_same_voxels_and_errors(tmp_path, monkeypatch):
+    from medimg.data import dicom_load
+    for k in range(26):
+        ds = pydicom.dcmread(get_testdata_file("MR_small_jp2klossless.dcm"))
+        ds.ImagePositionPatient, ds.SOPInstanceUID = [*ds.ImagePositionPatient[:2], 3.0 * k], generate_uid()
+        ds.save_as(tmp_path / f"{k:02d}.dcm")
+    headers = [peek(f) for f in sorted(tmp_path.iterdir())]
+    assert dicom_load._helpers(headers, 2) == 2 and dicom_load._helpers(headers[:5], 2) == 0
+    helped = load(headers, threads=2)
+    monkeypatch.setattr(dicom_load, "_helpers", lambda headers, threads: 0)
+    assert np.array_equal(helped, load(headers, threads=1)) and helped.shape == (26, 64, 64)
+    monkeypatch.undo()
+    raw = (tmp_path / "07.dcm").read_bytes()
+    (tmp_path / "07.dcm").write_bytes(raw[:len(raw) - 3000])
+    with pytest.raises(DicomError, match="07.dcm"):
+        load(headers, threads=2)
+
+
 # ---- fast and careful loading --------------------------------------------------------------------------------------------------
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(["int16", "uint16", "uint8", "int8"]), st.sampled_from([1, 2, -1, 0.5, 40, 1.25]), st.sampled_from([0, -1024, 0.5, 30000]), st.integers(0, 99))

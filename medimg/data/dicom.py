@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['MAX_FILES', 'find_files', 'unzip', 'scan', 'read']
 
-# %% ../../nbs/data/02_dicom.ipynb #0fd5608e
+# %% ../../nbs/data/02_dicom.ipynb #dc6145e7
 import os
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from .dicom_frames import is_mosaic, planes_of, rescale_type
+from .dicom_frames import planes_of, rescale_type
 from .dicom_geometry import Finding, Geometry, stack_geometry  # noqa: F401
 from .dicom_load import load
 from .dicom_peek import peek

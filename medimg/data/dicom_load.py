@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['plain_dtype', 'load']
 
-# %% ../../nbs/data/02h_dicom_load.ipynb #d637972e
+# %% ../../nbs/data/02h_dicom_load.ipynb #637603bc
 import os
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def _load_plain(headers, types, picks, lines, threads):
             raise
     return attempt("float32")
 
-# %% ../../nbs/data/02h_dicom_load.ipynb #3d0d2254
+# %% ../../nbs/data/02h_dicom_load.ipynb #b90fc6b3
 def _spread(function, n, threads):
     """Call `function(k)` for each k below n, in a few threads; the first error ends it."""
     threads = min(threads or min(8, os.cpu_count() or 1), n)
@@ -188,7 +188,7 @@ def _load_decoded(headers, picks, rescale, threads, isolate):
         return values
     out, lock = {}, Lock()
 
-    def place(j):
+    def place(j, isolate=isolate):
         i = list(places)[j]
         rows = places[i]
         values = _values(headers[i], [picks[k][1] for k in rows], [rescale[k] for k in rows], isolate)
@@ -201,8 +201,51 @@ def _load_decoded(headers, picks, rescale, threads, isolate):
             if have.dtype != np.result_type(have, values):
                 out["array"] = have = have.astype(np.result_type(have, values))
             have[rows] = values
-    _spread(place, len(places), threads)
+    helpers = 0 if isolate else _helpers(headers, threads)
+    if helpers:
+        _with_helpers(place, len(places), helpers)
+    else:
+        _spread(place, len(places), threads)
     return out["array"]
+
+# %% ../../nbs/data/02h_dicom_load.ipynb #a9ae62d7
+def _helpers(headers, threads):
+    """How many helper processes are worth their start: none for few files, other encodings, or inside a helper (its memory is limited)."""
+    n = min(threads or os.cpu_count() or 1, 4)
+    if n < 2 or len(headers) < 24 or not all(getattr(h, "syntax", "").startswith("1.2.840.10008.1.2.4.") for h in headers):
+        return 0
+    try:
+        import resource
+    except ImportError:                                   # not on Windows
+        return n
+    return n if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY else 0
+
+
+def _with_helpers(place, n, helpers):
+    """Call `place(j, isolate)` for each j below n: isolated in threads of their own, and here until the first of them answered."""
+    numbers, helped, lock = iter(range(n)), Event(), Lock()
+
+    def take():
+        with lock:
+            return next(numbers, None)
+
+    def helper():
+        while (j := take()) is not None:
+            try:
+                place(j, True)
+            except Exception:                             # no helper, or a bad file: this process says which
+                place(j, False)
+            helped.set()
+    with ThreadPoolExecutor(helpers) as pool:
+        jobs = [pool.submit(helper) for _ in range(helpers)]
+        try:
+            while not helped.is_set() and (j := take()) is not None:
+                place(j, False)
+            for job in jobs:
+                job.result()
+        finally:
+            while take() is not None:
+                pass
 
 # %% ../../nbs/data/02h_dicom_load.ipynb #8535ae14
 def _values(header, frames, rescale, isolate):

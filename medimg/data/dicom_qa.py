@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['RESULTS', 'Check', 'Quality', 'qa', 'qa_all']
 
-# %% ../../nbs/data/02c_dicom_qa.ipynb #d8caae8c
+# %% ../../nbs/data/02c_dicom_qa.ipynb #587e0a17
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from .dicom import Series, read, scan
+from .dicom import Series, read, scan  # noqa: F811
 from ..errors import printable
 
 #: Results of a check, from good to bad.
