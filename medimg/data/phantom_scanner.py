@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNELS', 'kernel_mtf', 'scan_ct']
 
-# %% ../../nbs/data/03c_phantom_scanner.ipynb #6bb5d93c
+# %% ../../nbs/data/03c_phantom_scanner.ipynb #c1840c19
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +47,7 @@ def kernel_mtf(kernel: str, f_per_mm) -> np.ndarray:
         raise ConfigError(f"unknown kernel {kernel!r}", remedy=nearest(str(kernel), KERNELS))
     if kernel == "soft":
         return 0.5**((f / 0.3)**2)
-    return 1 + (kernel == "sharp") * 1.5 * (f / 0.5)**2 * np.exp(1 - (f / 0.5)**2) * 0.77
+    return 1 + (kernel == "sharp") * 1.155 * (f / 0.5)**2 * np.exp(1 - (f / 0.5)**2)
 
 # %% ../../nbs/data/03c_phantom_scanner.ipynb #25057ae1
 def _breathing(hu, z_mm, motion_mm, sectors=12):
