@@ -245,7 +245,7 @@ def _walk(source, path):
         place = end
     return Header(path, raw, syntax, span)
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #11881f86
+# %% ../../nbs/data/02e_dicom_peek.ipynb #3df6a3ed
 class _Slow(Header):
     """A header that pydicom read."""
 
@@ -258,7 +258,8 @@ class _Slow(Header):
     def get(self, keyword, default=None):
         with warnings.catch_warnings():                  # pydicom warns of each odd value; a fault becomes an error where it matters
             warnings.simplefilter("ignore")
-            return self._full.get(keyword, default)
+            value = self._full.get(keyword, default)
+        return tuple(value) if type(value).__name__ == "MultiValue" else value
 
     def __contains__(self, keyword):
         return keyword in self._full
