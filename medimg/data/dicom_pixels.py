@@ -90,7 +90,7 @@ def _check_deflated(path):
                 if size > MAX_DEFLATED_BYTES:
                     raise DicomError(f"unfolds to more than {MAX_DEFLATED_BYTES >> 20} MiB", path=path, remedy="export it as Explicit VR Little Endian")
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #466d1db1
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #d3e91b93
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -127,9 +127,9 @@ def image_shape(header, path=None) -> tuple:
     """
     rows, columns, frames, samples, bits = (_whole(header, k, v, path) for k, v in _DEFAULTS.items())
     data = next((header[k].value for k in _PIXELS if k in header), None)
-    if rows * columns == 0 and data is None and not (path and read_header(path).get("Rows")):
-        kind = getattr(header.get("SOPClassUID"), "name", "unknown kind")
-        raise DicomError(f"holds no image ({str(kind)[:64]})", path=path, remedy="give an image file")
+    kind = str(getattr(header.get("SOPClassUID"), "name", "unknown kind"))[:64]
+    if rows * columns == 0 and data is None and "Image" not in kind:
+        raise DicomError(f"holds no image ({kind})", path=path, remedy="give an image file")
     if not data or rows * columns == 0:
         raise DicomError("pixel data are missing or truncated", path=path, remedy="copy the file again")
     if samples not in (1, 3) or bits not in (1, 8, 16, 32, 64) or min(rows, columns, frames) < 1:
