@@ -351,7 +351,7 @@ def test_what_cannot_be_cut_is_refused():
             PatchSource([v], (4, 4, 4), **wrong)
     with pytest.raises(ConfigError, match="no volume"):
         SliceSource([np.zeros((3, 3, 3))])
-    uneven = Volume(v.array, v.affine, slice_positions_mm=np.cumsum([[0, 0, 2 + k % 3] for k in range(9)], axis=0).astype(float))
+    uneven = Volume(v.array, v.affine, slice_positions_mm=np.cumsum([2.0 + k % 3 for k in range(9)]))
     with pytest.raises(GeometryError):
         PatchSource([uneven], (4, 4, 4)).decode(PatchSource([uneven], (4, 4, 4)).fetch(0), 0, np.random.default_rng(0))
 

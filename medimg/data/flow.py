@@ -242,7 +242,7 @@ class Flow:
         """The same batches of the epoch number `epoch`, bit for bit, as a `tf.data.Dataset` with known length."""
         return _tf(self, epoch)
 
-# %% ../../nbs/data/08b_flow.ipynb #cfddaa9b
+# %% ../../nbs/data/08b_flow.ipynb #bd048099
 def _sample(flow, i, epoch, repeat, clock):
     name = flow.source.ids[i]
     rng = generator(flow.seed, epoch, f"{name}/{repeat}" if repeat else name)
@@ -264,12 +264,17 @@ def _prepared(flow, i, rng, clock):
     clock("read")
     sample = flow.source.decode(raw, i, rng)
     clock("decode")
-    sample = _preprocessed(flow.preprocessor, sample)
+    sample = _preprocessed(flow.preprocessor, sample, flow.target)
     clock("preprocess")
     return sample
 
 
-def _preprocessed(preprocessor, sample):
+def _without(sample, target):
+    """The sample without the mask and boxes that nobody asked for."""
+    return {k: v for k, v in sample.items() if k not in ("mask", "boxes") or k in target}
+
+
+def _preprocessed(preprocessor, sample, target):
     """The sample with a float32 image (…, c)."""
     if preprocessor is not None and not hasattr(preprocessor, "to_json"):
         sample = preprocessor(sample)
@@ -281,18 +286,19 @@ def _preprocessed(preprocessor, sample):
     else:
         made = np.asarray(image, np.float32)
         made = made if made.ndim == (4 if deep else 3) else made[..., None]
-    moved = made.shape[:-1] != image.shape[:3 if deep else 2]
-    if moved and ("mask" in sample or "boxes" in sample):
+    if made.shape[:-1] != image.shape[:3 if deep else 2]:
+        sample = _without(sample, target)
+        if "mask" not in sample and "boxes" not in sample:
+            return {**sample, "image": made}
         raise ConfigError("the preprocessor changes the image's size and would leave its mask or boxes behind",
                           remedy="give a function sample -> sample that moves them too")
     return {**sample, "image": made}
 
-# %% ../../nbs/data/08b_flow.ipynb #04b37a85
+# %% ../../nbs/data/08b_flow.ipynb #17b20c9a
 def _augmented(flow, sample, name, rng, epoch, repeat):
-    if flow.augment is None:
-        return sample
-    if callable(flow.augment):
-        return flow.augment(sample, rng)
+    if flow.augment is None or callable(flow.augment):
+        return sample if flow.augment is None else flow.augment(sample, rng)
+    sample = _without(sample, flow.target)
     if "mask" in sample or "boxes" in sample or sample["image"].ndim != 3:
         raise ConfigError("the plain augmentation moves 2-D images only", remedy="use medimg.data.augment.Compose for masks, boxes and volumes")
     image = augment_batch(sample["image"][None], [name], augment=flow.augment, seed=flow.seed, epoch=epoch + repeat * 1_000_003)[0]

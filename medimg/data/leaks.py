@@ -485,7 +485,7 @@ def leak_groups(dataset: ImageDataset, report: LeakReport | None = None) -> np.n
     same = np.stack([np.arange(len(dataset)), by_patient[1][by_patient[2]]], axis=1)
     return dataset.image_ids[connect(len(dataset), np.concatenate([report.pairs.rows, same]))]
 
-# %% ../../nbs/data/04e_leaks.ipynb #ad795eb7
+# %% ../../nbs/data/04e_leaks.ipynb #81c689da
 def show_leaks(dataset: ImageDataset, report: LeakReport, *, groups=None, n: int = 8, title: str = ""):
     """Groups of copies, one below the other: two images of each with its row, fold and label.
 
@@ -522,8 +522,15 @@ def show_leaks(dataset: ImageDataset, report: LeakReport, *, groups=None, n: int
     groups = (report.across or report.copies) if groups is None else list(groups)
     if not groups:
         raise DatasetError(f"{dataset.name}: no copies to show", remedy="nothing was found; that is good")
-    pairs = [rows[:2] for rows in groups[:n]]
+    pairs = [_most_telling(dataset, rows) for rows in groups[:n]]
     rows = [*(a for a, _ in pairs), *(b for _, b in pairs)]
     labels = dataset.labels if dataset.labels.ndim == 1 else (dataset.labels > 0).argmax(axis=1)
     titles = [f"{dataset.classes[int(labels[k])]}, {dataset.splits[k]}" for k in rows]
     return plots.montage([dataset.images[k] for k in rows], titles=titles, columns=len(pairs), title=title or f"copies in {dataset.name}")
+
+
+def _most_telling(dataset, rows):
+    """Two rows of a group: of different folds if there are, else of different labels, else the first two."""
+    first = rows[0]
+    unlike = [[k for k in rows if dataset.splits[k] != dataset.splits[first]], [k for k in rows if str(dataset.labels[k]) != str(dataset.labels[first])]]
+    return first, next((ks[0] for ks in unlike if ks), rows[1])
