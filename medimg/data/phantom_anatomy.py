@@ -497,7 +497,7 @@ def lobe_of(z, y, x) -> np.ndarray:
     low = z < 1.25 * y - 22                                 # behind and below the oblique fissure
     return np.select([low & (x < 0), low, x >= 0, z < 6], ["RLL", "LLL", "LUL", "RML"], "RUL")
 
-# %% ../../nbs/data/03a_phantom_anatomy.ipynb #0f0ab530
+# %% ../../nbs/data/03a_phantom_anatomy.ipynb #c13f5258
 def lung_texture(an: Anatomy, axes) -> np.ndarray:
     """What the parenchyma adds to an even lung: coarse, medium and fine patches.
 
@@ -510,6 +510,11 @@ def lung_texture(an: Anatomy, axes) -> np.ndarray:
     Returns
     -------
     array, (z, y, x), float32, in HU, mean about 0
+
+    Examples
+    --------
+    >>> lung_texture(draw_anatomy(0), [np.arange(n) * 5.0 for n in (4, 6, 8)]).shape
+    (4, 6, 8)
     """
     rng, field, grid = stream(an.seed, "texture"), None, None
     for cell_mm, sd_hu in ((36.0, 34.0), (12.0, 32.0), (4.0, 34.0)):
@@ -539,6 +544,11 @@ def emphysema_holes(an: Anatomy, axes, lung) -> np.ndarray:
     Returns
     -------
     array, (z, y, x), float32, 0 to 1; the mean over `lung` is about `an.emphysema`
+
+    Examples
+    --------
+    >>> float(emphysema_holes(draw_anatomy(0), [np.arange(n) * 5.0 for n in (4, 6, 8)], np.ones((4, 6, 8), bool)).max())
+    0.0
     """
     nodes = [np.arange(int(np.ptp(axis) / 9.0) + 3) * 9.0 + (axis[0] - 9.0) for axis in axes]
     field = stream(an.seed, "emphysema").normal(0, 1, [len(n) for n in nodes]).astype(np.float32) + (nodes[0] / 150)[:, None, None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['brock_probability', 'Patient', 'phantom_cohort', 'write_case']
 
-# %% ../../nbs/data/03d_phantom_cohort.ipynb #9f6b3949
+# %% ../../nbs/data/03d_phantom_cohort.ipynb #f8fa13c6
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def brock_probability(nodule: Nodule, *, age_years: float, sex: str, family_hist
     --------
     >>> ten = Nodule((-50.0, 0.0, 60.0), 10.0, "solid", 30.0, "right", lobe="RUL")
     >>> round(brock_probability(ten, age_years=62, sex="F", family_history=False, emphysema=False, count=4), 4)
-    0.0848
+    0.0831
     """
     if not nodule.diameter_mm > 0 or count < 1 or nodule.kind not in _TYPE:
         raise ConfigError(f"no probability for {count} nodules, one {nodule.kind} of {nodule.diameter_mm} mm", remedy=f"use {', '.join(_TYPE)}, above 0 mm")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANDS', 'HU_EDGES', 'lung_core', 'realism', 'hu_overlap', 'blob_candidates', 'froc_cpm']
 
-# %% ../../nbs/data/03e_phantom_realism.ipynb #34b82a56
+# %% ../../nbs/data/03e_phantom_realism.ipynb #552fd7b7
 import numpy as np
 
 from ..errors import ConfigError
@@ -31,6 +31,13 @@ def lung_core(volume) -> np.ndarray:
     ------
     ConfigError
         When no piece of lung is found.
+
+    Examples
+    --------
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> core = lung_core(thorax_phantom(0, shape=(10, 64, 64), spacing_mm=(10, 5.5, 5.5)).volume)
+    >>> core.shape, 0.05 < core.mean() < 0.3
+    ((10, 64, 64), np.True_)
     """
     from scipy import ndimage
     air = ndimage.uniform_filter(volume.array.astype(np.float32), (1, 3, 3)) < -500
@@ -50,7 +57,7 @@ def _inside(mask, pixel_mm, close_mm=8.0, inside_mm=6.0):
     wide = distance_transform_edt(~mask, sampling=pixel_mm) <= close_mm
     return distance_transform_edt(np.pad(wide, 1, constant_values=False), sampling=pixel_mm)[1:-1, 1:-1] > close_mm + inside_mm
 
-# %% ../../nbs/data/03e_phantom_realism.ipynb #e73cb6d0
+# %% ../../nbs/data/03e_phantom_realism.ipynb #033767d8
 def realism(volume) -> dict:
     """What a CT's lungs are made of: noise, HU histogram, vessel sections.
 
@@ -67,6 +74,13 @@ def realism(volume) -> dict:
     ------
     ConfigError
         When no lung is found.
+
+    Examples
+    --------
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> facts = realism(thorax_phantom(0, shape=(10, 64, 64), spacing_mm=(10, 5.5, 5.5)).volume)
+    >>> sorted(facts)
+    ['histogram', 'lung_median_hu', 'lung_noise_hu', 'vessels_per_cm2']
     """
     core, hu = lung_core(volume), volume.array.astype(np.float32)
     both = core[1:] & core[:-1] & (hu[1:] < -750) & (hu[:-1] < -750)
@@ -83,7 +97,7 @@ def _vessels(hu, core, spacing_mm, threshold_hu=-500, least_mm2=1.5):
     for image, mask in zip(hu, core):
         spots, n = ndimage.label((ndimage.gaussian_filter(image, 0.7 / spacing_mm[1]) > threshold_hu) & mask)
         count += int((np.bincount(spots.ravel(), minlength=1)[1:] * pixel >= least_mm2).sum())
-    return count / (core.sum() * pixel / 100)
+    return float(count / (core.sum() * pixel / 100))
 
 
 def hu_overlap(a, b) -> float:
@@ -105,7 +119,7 @@ def hu_overlap(a, b) -> float:
     """
     return float(np.minimum(a, b).sum())
 
-# %% ../../nbs/data/03e_phantom_realism.ipynb #63b2d9b7
+# %% ../../nbs/data/03e_phantom_realism.ipynb #feefe784
 def blob_candidates(volume, *, sigmas_mm=(1.5, 2.5, 4.0, 6.5), top: int = 100) -> tuple:
     """Bright round spots in the lungs, by the Laplacian of Gaussians and the roundness of its Hessian.
 
@@ -125,6 +139,13 @@ def blob_candidates(volume, *, sigmas_mm=(1.5, 2.5, 4.0, 6.5), top: int = 100) -
     References
     ----------
     Lindeberg, Int J Comput Vis 30 (1998) 79.
+
+    Examples
+    --------
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> points, scores = blob_candidates(thorax_phantom(0, shape=(24, 64, 64), spacing_mm=(6, 5.5, 5.5)).volume, top=5)
+    >>> points.shape[1], bool((np.diff(scores) <= 0).all())
+    (3, True)
     """
     from scipy import ndimage
     lung, spacing, found = _lungs(volume), volume.spacing_mm, []
@@ -156,7 +177,7 @@ def _hessian(smooth, at, spacing):
             out[:, i, j] = out[:, j, i] = (value(a + b) - value(a - b) - value(b - a) + value(-a - b)) / (4 * spacing[i] * spacing[j])
     return out
 
-
+# %% ../../nbs/data/03e_phantom_realism.ipynb #7da25fe7
 def _apart(points, least_mm=6.0):
     """Indices of points that are no closer than this to a better one."""
     keep = []
