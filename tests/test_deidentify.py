@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from test_writers import check_file
 
@@ -474,3 +474,20 @@ def test_places_are_checked(inbox, tmp_path):
     ours = deidentify_folder(inbox, tmp_path / "one", key=key, progress=False)
     again = deidentify_folder(tmp_path / "one", tmp_path / "two", key=key, progress=False)
     assert again.recognised == ours.written == 12 and everything(tmp_path / "one") == everything(tmp_path / "two")
+
+
+def test_text_under_a_number_is_no_number():
+    """Rows, positions and UIDs given another VR so that they can hold a name: removed, emptied or mapped, never kept."""
+    data = bytearray(small())
+    at = data.find(b"\x28\0\x30\0DS")                           # Pixel Spacing becomes a text
+    size = int.from_bytes(data[at + 6:at + 8], "little")
+    data[at + 4:at + 6], data[at + 8:at + 8 + size] = b"LO", b"JANE DOE 1961-02-03"[:size].ljust(size)
+    ds = reread(rewrite(bytes(data), NAMES, make_policy()).data)
+    assert "PixelSpacing" not in ds and "DOE" not in str(ds)
+    item = pydicom.Dataset()
+    item.ReferencedSOPClassUID = item.ReferencedSOPInstanceUID = "1.2.276.4711.1961"
+    whole = reread(small())
+    whole.ReferencedImageSequence = [item]
+    whole.add_new(0x0008010C, "UI", "2.16.840.1.113883.6.96")            # SNOMED CT, which is no patient
+    out = reread(rewrite(saved(whole), NAMES, make_policy()).data)
+    assert b"4711.1961" not in saved(out) and out[0x0008010C].value == "2.16.840.1.113883.6.96" and out.SOPClassUID == whole.SOPClassUID

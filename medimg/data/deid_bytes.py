@@ -43,32 +43,13 @@ class Parsed(NamedTuple):
     elements: list      # of Element, in the order of the file
     dropped: int        # bytes behind the pixel data that are no element
 
-# %% ../../nbs/data/09c_hidden_bytes.ipynb #a24c1466
-class _Reader:
-    """Walks over the bytes of one data set; every step checks that the bytes are there."""
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #7b3c0863
+class _Header:
+    """The bytes of one data set, and how a tag, a VR and a length are read from them."""
 
     def __init__(self, data, implicit, order):
         self.data, self.implicit, self.order, self.count = data, implicit, order, 0
         self.pair, self.long, self.short = struct.Struct(order + "HH"), struct.Struct(order + "I"), struct.Struct(order + "H")
-
-    def elements(self, at, end, out, depth=0, implicit=None):
-        """Append the elements from `at` on to `out`; where they end: at `end`, or behind an item delimiter."""
-        implicit = self.implicit if implicit is None else implicit
-        self.last = at
-        while at < end:
-            tag, vr, length, value = self.header(at, end, implicit)
-            if tag == _ITEM_END:
-                return value
-            if depth == 0 and out and out[-1].tag in PIXELS and tag <= out[-1].tag:
-                raise DicomError("an element out of order")
-            element, at = self.value(tag, vr, length, value, end, depth, implicit)
-            self.count += 1
-            if self.count > MAX_ELEMENTS:
-                raise DicomError(f"more than {MAX_ELEMENTS} elements", remedy="leave the file out")
-            out.append(element)
-            if depth == 0:
-                self.last = at
-        return at
 
     def header(self, at, end, implicit):
         """Tag, VR, length and where the value begins."""
@@ -87,17 +68,16 @@ class _Reader:
             raise DicomError("cut off in the middle of an element")
         return tag, vr, self.long.unpack_from(self.data, at + 8)[0], at + 12
 
-    def value(self, tag, vr, length, at, end, depth, implicit):
-        """The element whose value begins at `at`, and where the next one begins."""
-        if length != _UNDEFINED and length > end - at:
-            raise DicomError(f"cut off: an element claims {length} bytes, {end - at} are left")
-        if tag in PIXELS and length == _UNDEFINED and depth == 0:
-            return self.fragments(tag, at, end)
-        unknown = vr == "UN" and not implicit           # PS3.5 6.2.2: a sequence of VR UN is spelt implicit
-        if vr == "SQ" or length == _UNDEFINED or unknown and known_vr(tag) == "SQ":
-            return self.items(tag, at, length, end, depth, implicit or unknown)
-        vr = known_vr(tag) or vr if vr == "UN" else vr
-        return Element(tag, vr, self.little(vr, self.data[at:at + length])), at + length
+    def little(self, vr, value):
+        """The value with little endian numbers."""
+        width = _WIDTH.get(vr[-2:], 1)
+        if self.order == "<" or width == 1 or len(value) % width:
+            return value
+        return np.frombuffer(value, f">u{width}").astype(f"<u{width}").tobytes()
+
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #5a71d4ef
+class _Items(_Header):
+    """What is made of items: sequences, and the fragments of compressed pixels."""
 
     def items(self, tag, at, length, end, depth, implicit):
         """A sequence as a list of items."""
@@ -129,14 +109,42 @@ class _Reader:
             found.append(self.data[at:at + size])
             at += size
 
-    def little(self, vr, value):
-        """The value with little endian numbers."""
-        width = _WIDTH.get(vr[-2:], 1)
-        if self.order == "<" or width == 1 or len(value) % width:
-            return value
-        return np.frombuffer(value, f">u{width}").astype(f"<u{width}").tobytes()
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #f5cdec48
+class _Reader(_Items):
+    """Walks over the bytes of one data set; every step checks that the bytes are there."""
 
-# %% ../../nbs/data/09c_hidden_bytes.ipynb #d936b93b
+    def elements(self, at, end, out, depth=0, implicit=None):
+        """Append the elements from `at` on to `out`; where they end: at `end`, or behind an item delimiter."""
+        implicit = self.implicit if implicit is None else implicit
+        self.last = at
+        while at < end:
+            tag, vr, length, value = self.header(at, end, implicit)
+            if tag == _ITEM_END:
+                return value
+            if depth == 0 and out and out[-1].tag in PIXELS and tag <= out[-1].tag:
+                raise DicomError("an element out of order")
+            element, at = self.value(tag, vr, length, value, end, depth, implicit)
+            self.count += 1
+            if self.count > MAX_ELEMENTS:
+                raise DicomError(f"more than {MAX_ELEMENTS} elements", remedy="leave the file out")
+            out.append(element)
+            if depth == 0:
+                self.last = at
+        return at
+
+    def value(self, tag, vr, length, at, end, depth, implicit):
+        """The element whose value begins at `at`, and where the next one begins."""
+        if length != _UNDEFINED and length > end - at:
+            raise DicomError(f"cut off: an element claims {length} bytes, {end - at} are left")
+        if tag in PIXELS and length == _UNDEFINED and depth == 0:
+            return self.fragments(tag, at, end)
+        unknown = vr == "UN" and not implicit           # PS3.5 6.2.2: a sequence of VR UN is spelt implicit
+        if vr == "SQ" or length == _UNDEFINED or unknown and known_vr(tag) == "SQ":
+            return self.items(tag, at, length, end, depth, implicit or unknown)
+        vr = known_vr(tag) or vr if vr == "UN" else vr
+        return Element(tag, vr, self.little(vr, self.data[at:at + length])), at + length
+
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #18b23d95
 _IMPLICIT, _EXPLICIT, _BIG, _DEFLATED = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".1.99"))
 
 
@@ -187,7 +195,7 @@ def parse(data) -> Parsed:
             raise
     return Parsed(syntax, elements, len(body) - reader.last)
 
-
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #cb815cee
 def _meta(data):
     """Transfer syntax UID and where the data set begins."""
     reader, at, syntax = _Reader(data, False, "<"), 132, ""

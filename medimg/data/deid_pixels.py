@@ -42,7 +42,7 @@ def as_picture(image) -> np.ndarray:
     grey = np.clip((values - low) * (255.0 / max(float(high - low), 1e-6)), 0, 255).astype(np.uint8)
     return grey if grey.ndim == 3 else np.repeat(grey[..., None], 3, -1)
 
-# %% ../../nbs/data/09b_burnt_in.ipynb #41877fcb
+# %% ../../nbs/data/09b_burnt_in.ipynb #863046ee
 @lru_cache(1)
 def _detector():
     """The text detector of rapidocr with its own weights; no network, no log."""
@@ -95,7 +95,7 @@ def find_text(image) -> list:
             boxes += [_padded(box, (y, x), (height, width)) for box in _look(tile)]
     return boxes
 
-
+# %% ../../nbs/data/09b_burnt_in.ipynb #17f8d231
 def _starts(size):
     """Where tiles of one axis begin: one tile, or several that overlap."""
     if size <= _TILE:
@@ -145,7 +145,7 @@ def text_mask(boxes, shape) -> np.ndarray:
         mask[y0:y1, x0:x1] = True
     return mask
 
-# %% ../../nbs/data/09b_burnt_in.ipynb #5ae1d80a
+# %% ../../nbs/data/09b_burnt_in.ipynb #33281195
 def pixel_editor(policy, names):
     """The function that changes decoded pixels under a policy: text blacked out, noise added; None when the policy asks for neither.
 
@@ -194,7 +194,7 @@ def pixel_editor(policy, names):
         return frames, done
     return edit
 
-
+# %% ../../nbs/data/09b_burnt_in.ipynb #31dbed00
 def black_out(frames, header) -> tuple:
     """Frames with all text that was found in any of them blacked out in all, and the number of boxes.
 

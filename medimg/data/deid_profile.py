@@ -48,10 +48,16 @@ def ps315() -> dict:
     from importlib.resources import files
     return json.loads(files("medimg.data").joinpath("ps315.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/data/09a_deid_profile.ipynb #0b7364a3
+# %% ../../nbs/data/09a_deid_profile.ipynb #b1635103
 @dataclass(frozen=True)
 class Policy:
-    """What is done to a data set: the table's action for each tag under the options; made by `make_policy`."""
+    """What is done to a data set: the table's action for each tag under the options; made by `make_policy`.
+
+    Examples
+    --------
+    >>> make_policy(options=["retain-device"]).codes[1]
+    ('113109', 'Retain Device Identity Option')
+    """
 
     options: tuple = ()                                         # names from OPTIONS, sorted
     noise_sd: float = 0.0                                       # Gaussian noise added to grey pixels, in stored units
@@ -88,7 +94,7 @@ class Policy:
 
 @lru_cache(1 << 14)
 def known_vr(tag: int) -> str:
-    """The value representation that the standard's dictionary gives a tag (32 bits), for example `US or SS`; empty when it has none.
+    """The value representation that the standard's dictionary gives `tag` (32 bits), for example `US or SS`; empty when it has none.
 
     Examples
     --------
@@ -163,7 +169,7 @@ def _check_options(profile, options, noise_sd):
     if not 0 <= noise_sd < 65536:
         raise ConfigError(f"noise of standard deviation {noise_sd}", remedy="0 to 65535, in stored units")
 
-# %% ../../nbs/data/09a_deid_profile.ipynb #a9731ab4
+# %% ../../nbs/data/09a_deid_profile.ipynb #130ac18e
 class Pseudonyms:
     """Turns identities into pseudonyms by HMAC-SHA256: the same for the same key, and unrelated without it.
 
@@ -211,7 +217,7 @@ class Pseudonyms:
         return f"2.25.{uuid.UUID(bytes=self.digest('uid', uid.encode())[:16], version=4).int}"
 
     def days(self, patient: str) -> int:
-        """How many days all dates of this patient are moved: back by one to ten years, whole days."""
+        """How many days all dates of this `patient` are moved: back by one to ten years, whole days."""
         return -(365 + int.from_bytes(self.digest("days", patient.strip().encode())[:8], "big") % 3286)
 
 # %% ../../nbs/data/09a_deid_profile.ipynb #fe70d2ac

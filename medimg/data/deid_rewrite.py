@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'Rewritten', 'rewrite', 'sealed']
 
-# %% ../../nbs/data/09d_rewrite.ipynb #d8723f1f
+# %% ../../nbs/data/09d_rewrite.ipynb #0a5ae7ca
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -24,6 +24,8 @@ _STRINGS = _WORDS | {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI", "UR"}
 _WELL_KNOWN = "1.2.840.10008."
 #: Value Type, Relationship Type, Continuity, Completion and Verification Flag, Graphic Type, Temporal Range Type: an SR tree is not valid without.
 _STRUCTURE = {0x0040A040, 0x0040A010, 0x0040A050, 0x0040A491, 0x0040A493, 0x00700023, 0x0040A130}
+#: SOP Class, Coding Scheme, Context Group and Mapping Resource UID name things of a vocabulary, a vendor's own among them.
+_VOCABULARY = {0x00080016, 0x0008010C, 0x00080117, 0x00080118}
 _PATIENT_ID, _PATIENT_NAME, _ACCESSION, _STUDY_ID = 0x00100020, 0x00100010, 0x00080050, 0x00200010
 
 
@@ -31,8 +33,92 @@ def _text(value):
     """A string value up to its first NUL, which no DICOM text may contain; ISO 8859-1 keeps every byte."""
     return str(bytes(value), "latin-1").split("\0", 1)[0]
 
-# %% ../../nbs/data/09d_rewrite.ipynb #f3dd2f19
-class _Walk:
+# %% ../../nbs/data/09d_rewrite.ipynb #c789fe0a
+class _Letters:
+    """What each letter does to one value; `names`, `patient`, `days` and `policy` come from the walk."""
+
+    def empty(self, tag, vr, value, mode):
+        return self.pseudonym(tag, value) or b""
+
+    def dummy(self, tag, vr, value, mode):
+        return self.pseudonym(tag, value) or (self.uids(tag, vr, value, mode) if vr == "UI" else _DUMMIES.get(vr[:2], b"ANONYMIZED"))
+
+    def uids(self, tag, vr, value, mode):
+        parts = [p.strip(" ") for p in _text(value).split("\\")]
+        return "\\".join(p if not p or p.startswith(_WELL_KNOWN) and well_formed("UI", p) else self.names.uid(p) for p in parts).encode()
+
+    def clean(self, tag, vr, value, mode):
+        if vr in ("DA", "DT"):
+            return shift_date(_text(value), self.days).encode() if _text(value).strip() else b""
+        if vr == "TM":
+            return self.keep(tag, vr, value, "")
+        return clean_text(_text(value)).encode() if vr in _WORDS else self.dummy(tag, vr, value, mode)
+
+    def keep(self, tag, vr, value, mode):
+        if mode == "D" and tag not in _STRUCTURE:
+            return self.dummy(tag, vr, value, mode)
+        if mode == "C" and vr in _WORDS:
+            return clean_text(_text(value)).encode() or b"REMOVED"
+        if vr == "UI" and tag not in self.policy.actions and known_vr(tag):
+            return value if tag in _VOCABULARY and well_formed("UI", _text(value)) else self.uids(tag, vr, value, mode)
+        if vr not in _STRINGS:
+            return None if known_vr(tag) in _STRINGS else value
+        text, known = _text(value), known_vr(tag) or vr
+        return text.encode("latin-1") if known in _STRINGS and well_formed(vr, text) and well_formed(known, text) else None
+
+    def pseudonym(self, tag, value):
+        """For the four identities that hold a release together; None for all other tags, and for an empty value."""
+        own = _text(value).strip()
+        if tag == _PATIENT_NAME:
+            return self.patient.encode()
+        if tag == _PATIENT_ID:
+            return self.names.name("patient", own).encode() if own else b""
+        role = {_ACCESSION: "accession", _STUDY_ID: "study"}.get(tag)
+        return self.names.name(role, own).encode() if role and own else None
+
+# %% ../../nbs/data/09d_rewrite.ipynb #a5ba171c
+class _Choice(_Letters):
+    """From an element and its letter to the element that is written."""
+
+    def one(self, element, action, mode):
+        """The element as it is written (None: not at all), and the letter of what was done."""
+        tag, vr, value = element
+        known, nested = known_vr(tag), isinstance(value, list)
+        if action == "X" or isinstance(value, tuple) or tag >> 16 == 0x7FE0 or known and (known == "SQ") != nested:
+            return None, "X"
+        if action == "K" and tag not in self.policy.actions and not nested and not tag >> 16 & 1:
+            action = self.unlisted(known[:2] or vr)
+        if nested:
+            if action == "Z":
+                return Element(tag, "SQ", []), "Z"
+            inner = action if action in "DC" else mode
+            return Element(tag, "SQ", [self.dataset(item, inner) for item in value]), action
+        done = {"Z": self.empty, "D": self.dummy, "U": self.uids, "C": self.clean, "K": self.keep}[action](tag, vr, value, mode)
+        return (None, "X") if done is None else (Element(tag, vr, done), action)
+
+    def unlisted(self, vr):
+        """The letter for an attribute that the table leaves out, by its VR: names are emptied, dates follow the date options."""
+        if vr == "PN":
+            return "Z"
+        return {"UNMODIFIED": "K", "MODIFIED": "C"}.get(self.policy.dates, "Z") if vr in ("DA", "DT", "TM") else "K"
+
+# %% ../../nbs/data/09d_rewrite.ipynb #adb7b791
+class _Private(_Choice):
+    """Private elements: kept only by the safe list."""
+
+    def safe(self, element, creators):
+        """K for a private element on the safe list under a private creator that says so, with numbers in it; else X."""
+        creator = creators.get(element.tag & 0xFFFF0000 | (element.tag >> 8 & 0xFF))
+        if creator is None or not self.policy.safe_private or isinstance(creator.value, (list, tuple)):
+            return "X"
+        name, group, byte = _text(creator.value).strip(), f"{element.tag >> 16:04X}", f"{element.tag & 0xFF:02X}"
+        for owner, g, b, vr in self.policy.safe_private:
+            if (owner, g.upper(), b.upper()) == (name, group, byte) and element.vr == vr and _text(creator.value).rstrip() == owner:
+                return "K"
+        return "X"
+
+# %% ../../nbs/data/09d_rewrite.ipynb #6607601b
+class _Walk(_Private):
     """One file's way through the policy: counts what was done, remembers whose file it is."""
 
     def __init__(self, policy, names, elements):
@@ -59,39 +145,6 @@ class _Walk:
                     seen.add(tag & 0xFFFF0000 | (tag >> 8 & 0xFF))
         return kept + [e for tag, e in creators.items() if tag in seen]
 
-    def safe(self, element, creators):
-        """K for a private element on the safe list under a private creator that says so, with numbers in it; else X."""
-        creator = creators.get(element.tag & 0xFFFF0000 | (element.tag >> 8 & 0xFF))
-        if creator is None or not self.policy.safe_private or isinstance(creator.value, (list, tuple)):
-            return "X"
-        name, group, byte = _text(creator.value).strip(), f"{element.tag >> 16:04X}", f"{element.tag & 0xFF:02X}"
-        for owner, g, b, vr in self.policy.safe_private:
-            if (owner, g.upper(), b.upper()) == (name, group, byte) and element.vr == vr and _text(creator.value).rstrip() == owner:
-                return "K"
-        return "X"
-
-    def one(self, element, action, mode):
-        """The element as it is written (None: not at all), and the letter of what was done."""
-        tag, vr, value = element
-        known, nested = known_vr(tag), isinstance(value, list)
-        if action == "X" or isinstance(value, tuple) or tag >> 16 == 0x7FE0 or known and (known == "SQ") != nested:
-            return None, "X"
-        if action == "K" and tag not in self.policy.actions and not nested and not tag >> 16 & 1:
-            action = self.unlisted(vr)
-        if nested:
-            if action == "Z":
-                return Element(tag, "SQ", []), "Z"
-            inner = action if action in "DC" else mode
-            return Element(tag, "SQ", [self.dataset(item, inner) for item in value]), action
-        done = {"Z": self.empty, "D": self.dummy, "U": self.uids, "C": self.clean, "K": self.keep}[action](tag, vr, value, mode)
-        return (None, "X") if done is None else (Element(tag, vr, done), action)
-
-    def unlisted(self, vr):
-        """The letter for an attribute that the table leaves out, by its VR: names are emptied, dates follow the date options."""
-        if vr == "PN":
-            return "Z"
-        return {"UNMODIFIED": "K", "MODIFIED": "C"}.get(self.policy.dates, "Z") if vr in ("DA", "DT", "TM") else "K"
-
 
 _IDENTITY = {_PATIENT_ID, _PATIENT_NAME, 0x00100030, 0x0020000D}
 
@@ -105,55 +158,7 @@ def _name(tag):
         return f"{group >> 8:02x}xx"
     return f"{tag:08x}" if known_vr(tag) else "unknown"
 
-# %% ../../nbs/data/09d_rewrite.ipynb #ba28efc7
-def _empty(self, tag, vr, value, mode):
-    return self.pseudonym(tag, value) or b""
-
-
-def _dummy(self, tag, vr, value, mode):
-    return self.pseudonym(tag, value) or (self.uids(tag, vr, value, mode) if vr == "UI" else _DUMMIES.get(vr[:2], b"ANONYMIZED"))
-
-
-def _uids(self, tag, vr, value, mode):
-    parts = [p.strip(" ") for p in _text(value).split("\\")]
-    return "\\".join(p if not p or p.startswith(_WELL_KNOWN) and well_formed("UI", p) else self.names.uid(p) for p in parts).encode()
-
-
-def _clean(self, tag, vr, value, mode):
-    if vr in ("DA", "DT"):
-        return shift_date(_text(value), self.days).encode() if _text(value).strip() else b""
-    if vr == "TM":
-        return self.keep(tag, vr, value, "")
-    return clean_text(_text(value)).encode() if vr in _WORDS else self.dummy(tag, vr, value, mode)
-
-
-def _keep(self, tag, vr, value, mode):
-    if mode == "D" and tag not in _STRUCTURE:
-        return self.dummy(tag, vr, value, mode)
-    if mode == "C" and vr in _WORDS:
-        return clean_text(_text(value)).encode() or b"REMOVED"
-    if vr == "UI" and tag not in self.policy.actions and known_vr(tag):
-        return value if tag == 0x00080016 and well_formed("UI", _text(value)) else self.uids(tag, vr, value, mode)       # a private class is still a class
-    if vr not in _STRINGS:
-        return value
-    text = _text(value)
-    return text.encode("latin-1") if well_formed(vr, text) else None
-
-
-def _pseudonym(self, tag, value):
-    """For the four identities that hold a release together; None for all other tags, and for an empty value."""
-    own = _text(value).strip()
-    if tag == _PATIENT_NAME:
-        return self.patient.encode()
-    if tag == _PATIENT_ID:
-        return self.names.name("patient", own).encode() if own else b""
-    role = {_ACCESSION: "accession", _STUDY_ID: "study"}.get(tag)
-    return self.names.name(role, own).encode() if role and own else None
-
-
-_Walk.empty, _Walk.dummy, _Walk.uids, _Walk.clean, _Walk.keep, _Walk.pseudonym = _empty, _dummy, _uids, _clean, _keep, _pseudonym
-
-# %% ../../nbs/data/09d_rewrite.ipynb #f793972b
+# %% ../../nbs/data/09d_rewrite.ipynb #3ea1b557
 _JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
 _JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
 _JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203)}
@@ -196,7 +201,7 @@ class _Image:
             raise DicomError("rows, columns, frames and bits give no possible image size", remedy="export the file again")
         return (bits + 7) // 8
 
-
+# %% ../../nbs/data/09d_rewrite.ipynb #4bcfa1c6
 def _native(image, walk, syntax):
     value = image.pixels.value
     if len(value) < image.size:
@@ -210,7 +215,7 @@ def _native(image, walk, syntax):
         walk.counts["unused bits of the pixel words", "X"] += 1
     return Element(image.pixels.tag, image.pixels.vr, masked)
 
-# %% ../../nbs/data/09d_rewrite.ipynb #93221ab4
+# %% ../../nbs/data/09d_rewrite.ipynb #9cbcdc36
 def _frames(image):
     """The compressed frames, joined from their fragments."""
     table, *fragments = image.pixels.value or (b"",)
@@ -242,7 +247,7 @@ def _encapsulated(image, syntax):
     table = struct.pack(f"<{len(offsets)}I", *offsets) if at < 1 << 32 else b""
     return Element(image.pixels.tag, "OB", (table, *frames))
 
-
+# %% ../../nbs/data/09d_rewrite.ipynb #b85c8d19
 def _decoded(data, image, edit, walk):
     """The pixels decoded, changed by `edit`, as native elements; colour comes out as RGB."""
     from io import BytesIO
@@ -265,7 +270,7 @@ def _decoded(data, image, edit, walk):
         made += [Element(0x00280006, "US", b"\0\0")] + ([] if edit is None else [Element(0x00280004, "CS", b"RGB")])
     return made
 
-# %% ../../nbs/data/09d_rewrite.ipynb #bc079eea
+# %% ../../nbs/data/09d_rewrite.ipynb #98b05b0e
 _CREATOR = b"MEDIMG DEID 1 "
 _MARK = b"\x49\x4d\x10\x00LO" + len(_CREATOR).to_bytes(2, "little") + _CREATOR + b"\x49\x4d\x01\x10OB\0\0\x20\0\0\0"
 _IMPLEMENTATION = "2.25.190411830253180943207953614092637145227"
@@ -327,7 +332,7 @@ def rewrite(data, names: Pseudonyms, policy: Policy, *, edit=None) -> Rewritten:
     if isinstance(image.pixels and elements[0].value, tuple):
         syntax = parsed.syntax
     _notes(walk, parsed, image, edit)
-    made = {e.tag: e for e in walk.dataset(parsed.elements)}
+    made = {e.tag: e for e in walk.dataset([e for e in parsed.elements if e.tag not in PIXELS])}
     made |= {e.tag: e for e in [*elements, *_statements(walk, image, edit)]}
     uids = tuple(_text(made[tag].value).strip() if tag in made else "" for tag in (0x0020000D, 0x0020000E, 0x00080018))
     sop_class = image.text(0x00080016)
@@ -338,7 +343,7 @@ def rewrite(data, names: Pseudonyms, policy: Policy, *, edit=None) -> Rewritten:
     whole[at:at + 32] = names.digest("seal", whole)
     return Rewritten(bytes(whole), walk.counts, walk.notes, walk.patient, uids)
 
-
+# %% ../../nbs/data/09d_rewrite.ipynb #b51619a7
 def _pixels(parsed, image, walk, data, edit):
     """The elements that replace the pixels; the pixel element first."""
     if image.pixels is None:
@@ -349,7 +354,7 @@ def _pixels(parsed, image, walk, data, edit):
         return _decoded(data, image, edit if image.pixels.tag == PIXELS[0] else None, walk)
     return [_encapsulated(image, parsed.syntax) if compressed else _native(image, walk, parsed.syntax)]
 
-# %% ../../nbs/data/09d_rewrite.ipynb #61902f76
+# %% ../../nbs/data/09d_rewrite.ipynb #356b5740
 def _notes(walk, parsed, image, edit):
     """What a person should know, in words without any value of the file."""
     if parsed.dropped:
@@ -389,7 +394,7 @@ def _file_meta(sop_class, sop_instance, syntax):
                      Element(0x00020010, "UI", syntax.encode()), Element(0x00020012, "UI", _IMPLEMENTATION.encode()), Element(0x00020013, "SH", b"MEDIMG_1")])
     return [*encode([Element(0x00020000, "UL", sum(map(len, pieces)).to_bytes(4, "little"))]), *pieces]
 
-
+# %% ../../nbs/data/09d_rewrite.ipynb #27385b38
 def sealed(data, names: Pseudonyms) -> str:
     """The policy of a file that `rewrite` made with this key and that nobody changed since; empty for every other file.
 

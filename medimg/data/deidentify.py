@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'JOURNAL', 'deidentify', 'Report', 'keyword_of', 'deidentify_folder']
 
-# %% ../../nbs/data/09_deidentify.ipynb #0fa38119
+# %% ../../nbs/data/09_deidentify.ipynb #b43be8de
 import json
 import os
 import threading
@@ -72,7 +72,7 @@ def deidentify(source, *, key, policy: Policy | None = None):
         raise DicomError(_OTHER.format(label), remedy="start from the original")
     return pydicom.dcmread(BytesIO(data))
 
-
+# %% ../../nbs/data/09_deidentify.ipynb #844d34bf
 _OTHER = "was de-identified with this key under another policy ({})"
 
 
@@ -88,10 +88,16 @@ def _bytes(path):
     except OSError as error:
         raise DicomError(f"cannot be read ({error.strerror})", path=path, remedy="check the path and its permissions") from error
 
-# %% ../../nbs/data/09_deidentify.ipynb #cf9c2256
+# %% ../../nbs/data/09_deidentify.ipynb #f2827957
 @dataclass
 class Report:
-    """What `deidentify_folder` did: counts by attribute and action, and the files that were refused."""
+    """What `deidentify_folder` did: counts by attribute and action, and the files that were refused.
+
+    Examples
+    --------
+    >>> Report("basic", written=2).exit_code, Report("basic", failed=[("a.dcm", "F-A", "cut off")]).exit_code
+    (0, 2)
+    """
 
     policy: str                                             # the policy's label
     written: int = 0                                        # files de-identified in this run
@@ -115,7 +121,7 @@ class Report:
                 "refused": [{"file": token, "what": what} for _, token, what in self.failed], "disclaimer": RESEARCH_USE}
 
     def save(self, path) -> Path:
-        """Write `to_dict` as JSON."""
+        """Write `to_dict` as JSON to `path`."""
         return write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def __str__(self):
@@ -131,7 +137,7 @@ ACTIONS = {"X": "removed", "Z": "emptied", "D": "dummy", "U": "new UID", "C": "c
 
 
 def keyword_of(attribute: str) -> str:
-    """The keyword of an attribute given as eight hex digits; empty for what has none.
+    """The keyword of `attribute`, given as eight hex digits; empty for what has none.
 
     Examples
     --------
@@ -144,7 +150,7 @@ def keyword_of(attribute: str) -> str:
     except ValueError:
         return ""
 
-# %% ../../nbs/data/09_deidentify.ipynb #12eddee8
+# %% ../../nbs/data/09_deidentify.ipynb #4ddcb98d
 JOURNAL = ".medimg-deidentify.jsonl"
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -177,7 +183,7 @@ def _path(patient, uids):
     study, series, image = (sha256_of(uid.encode())[:n] for uid, n in zip(uids, (8, 8, 16)))
     return Path(patient, f"study-{study}", f"series-{series}", f"{image}.dcm")
 
-
+# %% ../../nbs/data/09_deidentify.ipynb #80bbbaa0
 class _Job:
     """One run over a folder: what the threads share."""
 
@@ -211,9 +217,9 @@ class _Job:
             tmp.write_bytes(data)
         return place
 
-# %% ../../nbs/data/09_deidentify.ipynb #c197a2e6
-class _Journal:
-    """The list of finished files in the target; each set of counts is written once, since the slices of a series share it."""
+# %% ../../nbs/data/09_deidentify.ipynb #cf76e2be
+class _Lines:
+    """The lines of a journal: a head, sets of counts, finished files."""
 
     def __init__(self, target, names, policy, resume):
         self.path, self.done, self.sets = target / JOURNAL, {}, []
@@ -225,7 +231,7 @@ class _Journal:
         elif target.exists() and any(target.iterdir()):
             raise ConfigError("the target is not empty", path=target, remedy="give an empty folder")
         target.mkdir(parents=True, exist_ok=True)
-        broken = self.path.exists() and not self.path.read_bytes()[-1:] in (b"", b"\n")
+        broken = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = open(self.path, "a", encoding="utf-8")      # one line a file, flushed; a line that was cut off is ended, and ignored
         if broken:
             self.file.write("\n")
@@ -250,6 +256,10 @@ class _Journal:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
+# %% ../../nbs/data/09_deidentify.ipynb #af428763
+class _Journal(_Lines):
+    """The list of finished files in the target; each set of counts is written once, since the slices of a series share it."""
+
     def add(self, token, place, counts, notes):
         """Note a finished file."""
         if counts not in self.sets[-64:]:
@@ -261,14 +271,14 @@ class _Journal:
     def finished(self, token, target, report):
         """Whether an earlier run finished this file; if so, its counts join the report."""
         row = self.done.get(token)
-        if row is None or not (target / row["out"]).is_file() or not row["counts"] < len(self.sets):
+        if row is None or not (target / row["out"]).is_file() or row["counts"] >= len(self.sets):
             return False
         report.resumed += 1
         report.counts.update(self.sets[row["counts"]])
         report.notes.update(row["notes"])
         return True
 
-# %% ../../nbs/data/09_deidentify.ipynb #0e2c496c
+# %% ../../nbs/data/09_deidentify.ipynb #bcea127b
 def deidentify_folder(source, target, *, key, policy: Policy | None = None, resume: bool = True, progress: bool = True) -> Report:
     """De-identify every DICOM file of a folder into another one; a run that was stopped goes on where it was.
 
@@ -335,7 +345,7 @@ def _check_places(source, target, key):
     if key is not None and there in key.resolve().parents:
         raise ConfigError("the key lies in the folder to be released", path=key, remedy="keep the key where the names are")
 
-
+# %% ../../nbs/data/09_deidentify.ipynb #d47c9bba
 def _todo(source, job, journal, report):
     """(path, token) of each file that is not finished yet."""
     for path in _files(source):
@@ -359,7 +369,7 @@ def _window(pool, work, todo):
         for future in wait(flying, return_when=FIRST_COMPLETED).done:
             yield *flying.pop(future), future
 
-
+# %% ../../nbs/data/09_deidentify.ipynb #fa82ba6a
 def _collect(path, token, future, report, journal):
     """One finished file into the report and the journal; a refusal is noted, a disk that is full ends the run."""
     try:
