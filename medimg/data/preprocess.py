@@ -105,7 +105,7 @@ def _standardize(x, mean, std):
                                remedy="give one number, or one for each channel")
     return (x - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
-# %% ../../nbs/data/06_preprocess.ipynb #1c1a8a86
+# %% ../../nbs/data/06_preprocess.ipynb #7a111ab6
 @step()
 def _center_square(x):
     side, (y, x0) = min(x.shape[1:3]), x.shape[1:3]
@@ -130,7 +130,7 @@ def _clahe(x, clip_limit, tiles):
     """Contrast-limited adaptive histogram equalisation on grey values 0 … 255 (Zuiderveld 1994)."""
     import cv2
     require_grey(x, "clahe")
-    if x.size and (x.min() < 0 or x.max() > 255):
+    if x.size and (x.min() < -0.01 or x.max() > 255.01):    # averaging rounds: white may be 255.00002
         raise DatasetError(f"clahe needs grey values 0 … 255, got {x.min():.3g} … {x.max():.3g}", remedy="put it before 'scale'")
     worker = cv2.createCLAHE(clipLimit=clip_limit, tileGridSize=(tiles, tiles))
     planes = [worker.apply(np.floor(image[..., 0] + 0.5).astype(np.uint8)) for image in x]
@@ -342,7 +342,7 @@ def _on_volume(name, step, volume, numbers):
     out = step.function(x[None], **numbers)[0] if step.volume == "voxels" else step.function(x, **numbers)
     return volume.with_array(np.ascontiguousarray(out, dtype=np.float32).reshape(volume.shape), units=step.units)
 
-# %% ../../nbs/data/06_preprocess.ipynb #d0062778
+# %% ../../nbs/data/06_preprocess.ipynb #92764d3e
 def _output_shape(pre):
     height = width = channels = None
     for name, numbers in pre.steps:
@@ -357,8 +357,8 @@ def _output_shape(pre):
             channels = 1
     return height, width, channels
 
-
-from . import steps as _more      # noqa: E402,F401  the rest of the table (06c), which needs `step` from above
+# %% ../../nbs/data/06_preprocess.ipynb #b4604438
+from . import steps as _more      # noqa: E402,F401  registers the steps of chapter 06c
 
 # %% ../../nbs/data/06_preprocess.ipynb #09c0eebd
 def fit_standardize(images, preprocessor: Preprocessor) -> Preprocessor:

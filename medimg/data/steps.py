@@ -32,7 +32,7 @@ def _window(x, center, width):
     low = np.float32(center - width / 2)
     return np.clip((x - low) / np.float32(width), np.float32(0), np.float32(1)) * np.float32(255)
 
-# %% ../../nbs/data/06c_steps.ipynb #0b1fa678
+# %% ../../nbs/data/06c_steps.ipynb #6ce00d52
 def _each(x, function):
     """`function` on each image and channel of (n, ..., c) by itself, on a contiguous copy: the same bits in any batch."""
     out = np.empty(x.shape, np.float32)
@@ -72,7 +72,7 @@ def _equalize(x):
     """Histogram equalisation on grey values 0 … 255: each grey value becomes its place among the sorted pixels, times 255."""
     import cv2
     require_grey(x, "equalize")
-    if x.size and (x.min() < 0 or x.max() > 255):
+    if x.size and (x.min() < -0.01 or x.max() > 255.01):    # averaging rounds: white may be 255.00002
         raise DatasetError(f"equalize needs grey values 0 … 255, got {x.min():.3g} … {x.max():.3g}", remedy="put 'window' before it")
     return _each(x, lambda image: cv2.equalizeHist(np.floor(image + 0.5).astype(np.uint8)).astype(np.float32))
 
