@@ -6,7 +6,7 @@
 __all__ = ['normal_noise', 'Noise', 'Blur', 'gaussian', 'Gamma', 'Contrast', 'Cutout', 'LowResolution', 'BiasField', 'Ghosting',
            'Spike', 'Dose']
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #4ec68450
+# %% ../../nbs/data/07c_augment_grey.ipynb #87ae5d4e
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,8 +79,9 @@ class Noise(Transform):
         """The sample with noise."""
         import cv2
         noise = normal_noise(sample.image.shape, params["seed"])
-        flat = sample.image.reshape(-1, sample.image.shape[-1])
-        return _changed(sample, cv2.scaleAdd(noise.reshape(flat.shape), params["sd"], flat).reshape(sample.image.shape))
+        flat = noise.reshape(-1, noise.shape[-1])
+        cv2.scaleAdd(flat, params["sd"], sample.image.reshape(flat.shape), flat)
+        return _changed(sample, noise)
 
 
 @dataclass(frozen=True)
