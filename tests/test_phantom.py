@@ -30,12 +30,12 @@ def needs(tool):
 
 @pytest.fixture(scope="module")
 def case():
-    return thorax_phantom(0, nodules=KINDS)
+    return thorax_phantom(0, nodules=KINDS, shape=(80, 180, 180), spacing_mm=(3.6, 2.0, 2.0))
 
 
 @pytest.fixture(scope="module")
 def quiet():
-    return thorax_phantom(0, nodules=KINDS, dose=None)
+    return thorax_phantom(0, nodules=KINDS, dose=None, shape=(80, 180, 180), spacing_mm=(3.6, 2.0, 2.0))
 
 
 # ---- truth -----------------------------------------------------------------------------------------------------------------------
