@@ -224,7 +224,7 @@ def _kept_mark(note, url):
             return kept["mark"]
     return None
 
-# %% ../../nbs/data/04b_downloads.ipynb #88ee60b0
+# %% ../../nbs/data/04b_downloads.ipynb #66c33fdd
 def download(url: str, path, *, md5: str | None = None, max_bytes: int = 1 << 30, progress: bool = True) -> Path:
     """Fetch `url` into the file `path`, checked; an interrupted download goes on where it stopped, also in a later call.
 
@@ -289,7 +289,7 @@ def _persist(url, part, max_bytes, tick, checked):
             failure = f"the server says {error.code} {error.reason}"
             if error.code == 416:      # we have more than it: another file, start again
                 _forget(part)
-            elif error.code < 500:
+            elif error.code < 500 and error.code not in (408, 429):      # not a matter of time
                 raise DatasetError(f"the download failed: {failure}", path=url, remedy="get the file by hand") from error
         except (OSError, HTTPException) as error:
             failure = str(getattr(error, "reason", error)) or type(error).__name__
