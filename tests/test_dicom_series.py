@@ -475,19 +475,16 @@ print(table[0].shape[0], sorted((os.path.basename(f), why) for f, why in table.s
 """
 
 
-def test_without_permission_a_file_or_folder_is_named(tmp_path):
-    several(tmp_path / "s", [{}])
-    (tmp_path / "s" / "locked").mkdir()
-    (tmp_path / "s" / "secret.dcm").write_bytes(b"x")
-    for path, mode in ((tmp_path / "s" / "locked", 0), (tmp_path / "s" / "secret.dcm", 0)):
-        path.chmod(mode)
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-        if parent == Path(tempfile.gettempdir()):
-            break
-    done = subprocess.run([sys.executable, "-c", NOBODY, str(tmp_path / "s")], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
-    (tmp_path / "s" / "locked").chmod(0o755)
+def test_without_permission_a_file_or_folder_is_named():
+    with tempfile.TemporaryDirectory() as place:              # not tmp_path, whose parents only their owner may enter
+        folder = several(Path(place) / "s", [{}])
+        Path(place).chmod(0o755)
+        (folder / "locked").mkdir()
+        (folder / "secret.dcm").write_bytes(b"x")
+        (folder / "locked").chmod(0)
+        (folder / "secret.dcm").chmod(0)
+        done = subprocess.run([sys.executable, "-c", NOBODY, str(folder)], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+        (folder / "locked").chmod(0o755)
     assert done.returncode == 0, done.stderr[-1500:]
     assert done.stdout.startswith("3 ") and "folder cannot be opened (Permission denied)" in done.stdout and "cannot be opened (Permission denied)')" in done.stdout
 

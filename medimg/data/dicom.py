@@ -26,7 +26,7 @@ from ..errors import DicomError, GeometryError, MedimgError
 #: More files than this below one folder are refused.
 MAX_FILES = 200_000
 
-# %% ../../nbs/data/02_dicom.ipynb #b854b23c
+# %% ../../nbs/data/02_dicom.ipynb #61acc9c7
 def find_files(path, *, limit: int = MAX_FILES) -> tuple:
     """The regular files below a folder, of a list of paths, or inside a zip archive.
 
@@ -56,17 +56,17 @@ def find_files(path, *, limit: int = MAX_FILES) -> tuple:
     """
     files, left_out = [], []
     for p in [Path(p) for p in path] if isinstance(path, (list, tuple)) else [Path(path)]:
-        if p.is_dir():
+        if os.path.isdir(p):
             _below(p, files, left_out, limit)
-        elif p.suffix.lower() == ".zip" and p.is_file():
+        elif p.suffix.lower() == ".zip" and os.path.isfile(p):
             _below(unzip(p), files, left_out, limit)
-        elif p.exists():
+        elif os.path.exists(p):
             files.append(p)
         else:
-            raise DicomError("no such file or folder", path=p, remedy="check the path")
+            raise DicomError("no such file or folder, or no permission", path=p, remedy="check the path")
     return files, left_out
 
-
+# %% ../../nbs/data/02_dicom.ipynb #35384444
 def _below(folder, files, left_out, limit):
     """Walk without recursion, sub-folders in the order of their names; links to folders are not followed."""
     stack = [str(folder)]

@@ -95,9 +95,9 @@ def _functional_plane(number, frame, shared, pointers):
                  _floats(facing.get("ImageOrientationPatient") or facing.get("ImageOrientationVolume"), 6),
                  _floats(measures.get("PixelSpacing"), 2), rescale, labels, float(measures.get("SliceThickness") or 0) or None)
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #252fb0d8
+# %% ../../nbs/data/02g_dicom_frames.ipynb #5ea4b1eb
 def rescale_type(header) -> str:
-    """The Rescale Type (0028,1054) of an enhanced multi-frame object, such as `HU`, or an empty text.
+    """The Rescale Type (0028,1054) of the enhanced multi-frame object with this `header`, such as `HU`, or an empty text.
 
     Examples
     --------
@@ -187,9 +187,9 @@ def csa_header(raw: bytes) -> dict:
         raise DicomError("the Siemens CSA header is cut off or damaged", remedy="ask for the series again") from error
     return {name: values for name, values in found.items() if values}
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #d1ce3678
+# %% ../../nbs/data/02g_dicom_frames.ipynb #3ce4147b
 def is_mosaic(header) -> bool:
-    """Whether a file is a Siemens mosaic.
+    """Whether the file with this `header` is a Siemens mosaic.
 
     Examples
     --------

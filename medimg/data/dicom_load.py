@@ -161,7 +161,7 @@ def _load_plain(headers, types, picks, lines, threads):
             raise
     return attempt("float32")
 
-# %% ../../nbs/data/02h_dicom_load.ipynb #b90fc6b3
+# %% ../../nbs/data/02h_dicom_load.ipynb #7d1a7c41
 def _spread(function, n, threads):
     """Call `function(k)` for each k below n, in a few threads; the first error ends it."""
     threads = min(threads or min(8, os.cpu_count() or 1), n)
@@ -176,7 +176,7 @@ def _spread(function, n, threads):
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, range(threads)))
 
-
+# %% ../../nbs/data/02h_dicom_load.ipynb #5e578267
 def _load_decoded(headers, picks, rescale, threads, isolate):
     """Each file through the careful decoder; slices go to their places as they come."""
     places = {}
@@ -247,13 +247,15 @@ def _with_helpers(place, n, helpers):
             while take() is not None:
                 pass
 
-# %% ../../nbs/data/02h_dicom_load.ipynb #8535ae14
+# %% ../../nbs/data/02h_dicom_load.ipynb #cc59c519
 def _values(header, frames, rescale, isolate):
     """Some frames of one file in the modality's unit: (n, y, x[, 3])."""
     from medimg.data.dicom_pixels import decode, read_header, to_unit, typed_errors
     from medimg.data.untrusted import decode_isolated
     path = header.filename
     full = read_header(path, pixels=not isolate)
+    if header.get("Rows") and not full.get("Rows"):              # pydicom gives up all elements when the last one is cut off
+        raise DicomError("pixel data are missing or truncated", path=path, remedy="copy the file again")
     stored = decode_isolated(path) if isolate else decode(full, path)
     if "PixelData" in full:
         del full.PixelData

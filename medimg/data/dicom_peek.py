@@ -36,7 +36,7 @@ _WANTED = {int(tag[:4], 16) | int(tag[4:], 16) << 16: (keyword, vr.encode()) for
 #: Headers larger than this are left to pydicom.
 MAX_HEADER_BYTES = 16 << 20
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #52020881
+# %% ../../nbs/data/02e_dicom_peek.ipynb #fcd83506
 class Header:
     """The kept elements of one file, decoded when asked for; `get`, `in` and attributes work as on a pydicom Dataset.
 
@@ -50,6 +50,12 @@ class Header:
         Transfer Syntax UID.
     pixel_span : (int, int) or None
         Where the pixel data begin in the file and how long they are, in bytes; None when they are compressed or not the last element.
+
+    Examples
+    --------
+    >>> header = Header("a.dcm", {"Rows": bytes([0, 2])}, "1.2.840.10008.1.2")
+    >>> header.get("Rows"), "Columns" in header
+    (512, False)
     """
 
     __slots__ = ("_full", "filename", "pixel_span", "raw", "syntax")
@@ -59,7 +65,7 @@ class Header:
         self._full = None
 
     def get(self, keyword, default=None):
-        """The value of an element by its keyword, or `default`; ValueError when it cannot be decoded."""
+        """The value of the element `keyword`, or `default`; ValueError when it cannot be decoded."""
         raw = self.raw.get(keyword)
         if raw is None:
             return default if keyword in KEPT else self.full().get(keyword, default)
@@ -144,7 +150,7 @@ class _Bytes:
                 raise _Doubt
         return self.data
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #3a742160
+# %% ../../nbs/data/02e_dicom_peek.ipynb #e7026434
 def _syntax(source):
     """(transfer syntax, where the data set begins) from group 0002, which is always explicit little endian."""
     data, place, syntax = source.until(144), 132, None
@@ -165,7 +171,7 @@ def _syntax(source):
         raise _Doubt
     return syntax, place
 
-
+# %% ../../nbs/data/02e_dicom_peek.ipynb #e2a70ae4
 def _element(source, place, explicit):
     """(where the value begins, its length, VR or None) of the element at `place`."""
     data = source.data if place + 12 <= len(source.data) else source.until(min(place + 12, source.size))
@@ -182,7 +188,7 @@ def _element(source, place, explicit):
         raise _Doubt
     return place + 12, _NUMBER(data, place + 8)[0], vr
 
-
+# %% ../../nbs/data/02e_dicom_peek.ipynb #77441c8f
 def _skip(source, place, explicit, depth=0):
     """The end of a sequence of unknown length whose first item is at `place`."""
     if depth > 16:
@@ -207,7 +213,7 @@ def _skip(source, place, explicit, depth=0):
                 head, length, vr = _element(source, place, True)
             place = _skip(source, head, explicit and vr != b"UN", depth + 1) if length == _OPEN else head + length
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #972d6d8b
+# %% ../../nbs/data/02e_dicom_peek.ipynb #531a6bb4
 def _walk(source, path):
     syntax, place = _syntax(source)
     explicit, raw, before, data, size = syntax != _IMPLICIT, {}, 0, source.data, source.size
@@ -216,14 +222,11 @@ def _walk(source, path):
         if place + 12 > have:
             data = source.until(min(place + 12, size))
             have = len(data)
+        (tag, length), head, vr = _TAG_LENGTH(data, place), place + 8, None
         if explicit:
-            tag, vr, length = _TAG_VR_LENGTH(data, place)
-            head = place + 8
+            _, vr, length = _TAG_VR_LENGTH(data, place)
             if vr not in _SHORT:
                 head, length, vr = _element(source, place, True)
-        else:
-            tag, length = _TAG_LENGTH(data, place)
-            head, vr = place + 8, None
         order = (tag & 0xFFFF) << 16 | tag >> 16
         if order <= before:
             raise _Doubt

@@ -117,10 +117,17 @@ def _pixels(volume):
 def _some(numbers):
     return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
 
-# %% ../../nbs/data/02c_dicom_qa.ipynb #dc5835cb
+# %% ../../nbs/data/02c_dicom_qa.ipynb #61bfd2c7
 @dataclass(frozen=True)
 class Quality:
-    """The quality report of one series; prints as a table, `picture()` draws it."""
+    """The quality report of one series; prints as a table, `picture()` draws it.
+
+    Examples
+    --------
+    >>> one = Series("1.2", "1", "p", "CT", "thorax", ("a.dcm",), (1, 4, 4), (1.0, 1.0, 1.0))
+    >>> Quality(one, (Check("placed", "ok", "1 of 1"), Check("upright", "warning", "leans"))).result
+    'warning'
+    """
 
     series: Series      # what was looked at
     checks: tuple       # of Check

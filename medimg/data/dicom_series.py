@@ -87,7 +87,7 @@ class SeriesTable(list):
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #a7108303
+# %% ../../nbs/data/02i_dicom_series.ipynb #13920d50
 def group_key(header, planes, size) -> tuple:
     """What all images of one stack have in common; images with different keys go to different rows.
 
@@ -124,7 +124,7 @@ def _rounded(values, digits):
 
 
 def is_localizer(header) -> bool:
-    """Whether an image is a scout view, by its Image Type (0008,0008).
+    """Whether the image with this `header` is a scout view, by its Image Type (0008,0008).
 
     Examples
     --------
