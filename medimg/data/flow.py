@@ -160,7 +160,7 @@ def _sweep(folder):
         except PermissionError:
             pass
 
-# %% ../../nbs/data/08b_flow.ipynb #a19b8694
+# %% ../../nbs/data/08b_flow.ipynb #80f9d9a4
 @dataclass(eq=False)
 class Flow:
     """Batches from a source, equal for every number of workers.
@@ -216,9 +216,8 @@ class Flow:
             raise ConfigError(f"batch_size {self.batch_size}, workers {self.workers}, target {self.target}",
                               remedy="give 1 or more, 0 or more, and label, mask or boxes")
         self.augment = self.augment if callable(self.augment) else as_augment(self.augment)
-        if self.cache is not None:
-            cache_key(self.source, self.preprocessor)
         self.order(0)
+        _ = self.cache is None or cache_key(self.source, self.preprocessor)
 
     def __len__(self):
         return -(-len(self.source) // self.batch_size)
@@ -231,7 +230,7 @@ class Flow:
         return rows, np.zeros(len(rows), int)
 
     def sample(self, i: int, *, epoch: int = 0, repeat: int = 0, clock=None) -> dict:
-        """Sample `i` as the network sees it in `epoch`, for the `repeat`-th time; `clock(stage)` is called after each stage."""
+        """Sample `i` as the network sees it in `epoch`, for the `repeat`-th time; `clock` is called with the name of each stage that ends."""
         return _sample(self, i, epoch, repeat, clock or (lambda stage: None))
 
     def batches(self, epoch: int = 0):
@@ -242,7 +241,7 @@ class Flow:
         """The same batches of the epoch number `epoch`, bit for bit, as a `tf.data.Dataset` with known length."""
         return _tf(self, epoch)
 
-# %% ../../nbs/data/08b_flow.ipynb #bd048099
+# %% ../../nbs/data/08b_flow.ipynb #49bb70ef
 def _sample(flow, i, epoch, repeat, clock):
     name = flow.source.ids[i]
     rng = generator(flow.seed, epoch, f"{name}/{repeat}" if repeat else name)
@@ -268,7 +267,7 @@ def _prepared(flow, i, rng, clock):
     clock("preprocess")
     return sample
 
-
+# %% ../../nbs/data/08b_flow.ipynb #f70e9379
 def _without(sample, target):
     """The sample without the mask and boxes that nobody asked for."""
     return {k: v for k, v in sample.items() if k not in ("mask", "boxes") or k in target}
@@ -399,13 +398,19 @@ def _tf(flow, epoch):
     made = tf.data.Dataset.from_generator(lambda: _batches(flow, epoch), output_signature=spec(first))
     return made.apply(tf.data.experimental.assert_cardinality(len(flow))).prefetch(2)
 
-# %% ../../nbs/data/08b_flow.ipynb #aaf4b423
+# %% ../../nbs/data/08b_flow.ipynb #8044acdc
 STAGES = ("read", "decode", "preprocess", "augment", "batch", "step")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a batch in each stage; prints itself as a table with the bottleneck in a sentence."""
+    """Milliseconds a batch in each stage; prints itself as a table with the bottleneck in a sentence.
+
+    Examples
+    --------
+    >>> Timing({"decode": 30.0, "step": 10.0}, 8, 2).bottleneck
+    "The input is the bottleneck: the step works 67% of the time; decode is 100% of the input's time, so keep prepared samples with cache=."
+    """
 
     ms: dict                    # stage -> milliseconds a batch
     batch_size: int             # samples in a batch

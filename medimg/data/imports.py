@@ -76,7 +76,7 @@ def _column(rows, what):
     """The name of the column that holds `what`, or None."""
     return next((name for wanted in COLUMNS[what] for name in rows[0] if name.lower() == wanted), None)
 
-# %% ../../nbs/data/04c_imports.ipynb #f5d2791c
+# %% ../../nbs/data/04c_imports.ipynb #1f98de48
 def _refuse(bad, total, path):
     """Raise one DatasetError for all (name, why) in `bad`."""
     if bad:
@@ -102,7 +102,7 @@ def _is_plain(path, folder):
     """A file that is not hidden, and if it is a link stays within the folder."""
     return not path.name.startswith(".") and path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()))
 
-
+# %% ../../nbs/data/04c_imports.ipynb #db25e4f7
 def _is_dicom(path):
     if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
         return True
@@ -283,7 +283,7 @@ def import_folder(path, *, patients=None, size=None, fractions=(0.7, 0.1, 0.2), 
     people = [owner[file] for file in names] if owner else [p for _, (_, p, *_) in loaded]
     return _dataset(root, name, loaded, labels, classes=classes, people=people, folds=folds, fractions=fractions, meta={"ignored": ignored})
 
-# %% ../../nbs/data/04c_imports.ipynb #015d2c00
+# %% ../../nbs/data/04c_imports.ipynb #20352c3d
 def _images_of(root):
     """(names of images, number of other files) below a folder."""
     found = _walk(root)
@@ -323,7 +323,7 @@ def _patients_of(patients, names, bad):
     bad += [(file, "no patient in the table") for file in names if not owner.get(file, "").strip()]
     return owner
 
-
+# %% ../../nbs/data/04c_imports.ipynb #f28c355f
 def _contradictions(loaded, placed, names):
     """Files with equal pixels in two class folders."""
     place, seen, bad = dict(zip(names, placed)), {}, []
@@ -422,7 +422,7 @@ def import_dicom(path, labels, *, size=None, fractions=(0.7, 0.1, 0.2), name: st
     return _dataset(root, name, loaded, values, classes=classes, people=[p for _, (_, p, *_) in loaded], task=task, fractions=fractions,
                     folds=_given_folds([matched[file] for file in names], labels))
 
-# %% ../../nbs/data/04c_imports.ipynb #718f69c7
+# %% ../../nbs/data/04c_imports.ipynb #f1053601
 def _keys_of(root, names, key):
     """({file: its value of the key}, faults)."""
     from medimg.data.dicom import read_header
@@ -452,7 +452,7 @@ def _given_folds(rows, path):
         raise DatasetError(f"the column {column} holds other words than {', '.join(SPLITS)}", path=path, remedy="write train, val or test in every row")
     return folds
 
-
+# %% ../../nbs/data/04c_imports.ipynb #91da9a19
 def _targets(rows, key, path):
     """(labels, classes, task) from the label column, or from all columns of 0, 1 and empty."""
     column = _column(rows, "label")

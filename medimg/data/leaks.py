@@ -365,10 +365,17 @@ def near_duplicate_groups(images, *, max_bits: int = 24, min_similarity: float =
     pairs = near_duplicate_pairs(images, max_bits=max_bits, min_similarity=min_similarity, mirrored=mirrored, progress=progress)
     return connect(len(images), pairs.rows)
 
-# %% ../../nbs/data/04e_leaks.ipynb #267f2057
+# %% ../../nbs/data/04e_leaks.ipynb #2b1a5818
 @dataclass(frozen=True, repr=False)
 class LeakReport:
-    """What `find_leaks` found; it prints itself as a summary."""
+    """What `find_leaks` found; it prints itself as a summary.
+
+    Examples
+    --------
+    >>> toy = ImageDataset("toy", np.arange(128, dtype="uint8").reshape(2, 8, 8), [0, 1], ["train", "test"], classes=("a", "b"))
+    >>> find_leaks(toy).clean
+    True
+    """
 
     name: str                   # of the data set
     splits: np.ndarray          # (n,) fold of each row
@@ -406,17 +413,21 @@ class LeakReport:
                 "across": [rows.tolist() for rows in self.across], "label_conflicts": [rows.tolist() for rows in self.conflicts]}
 
     def __repr__(self):
-        d = self.to_dict()
-        folds = ["+".join(sorted(set(self.splits[rows].tolist()))) for rows in self.across]
-        where = ", ".join(f"{f} {folds.count(f)}" for f in sorted(set(folds))) or "none"
-        inside = sum(map(len, self.copies))
-        return (f"leaks of {self.name} · {d['images']} images · {'nothing leaks' if self.clean else 'LEAKS'}\n"
-                f"  patients   {d['patients_in_two_folds']} in two folds or more\n"
-                f"  equal      {d['exact_groups']} groups of pixel-identical images, {d['exact_groups_across']} of them in two folds\n"
-                f"  similar    {d['pairs']} pairs, {inside} images in {d['copy_groups']} groups; in two folds: {where}\n"
-                f"  labels     {len(self.conflicts)} groups of copies with different labels")
+        return _summary(self)
 
-# %% ../../nbs/data/04e_leaks.ipynb #34ac3efb
+# %% ../../nbs/data/04e_leaks.ipynb #0014bc84
+def _summary(report):
+    d = report.to_dict()
+    folds = ["+".join(sorted(set(report.splits[rows].tolist()))) for rows in report.across]
+    where = ", ".join(f"{f} {folds.count(f)}" for f in sorted(set(folds))) or "none"
+    inside = sum(map(len, report.copies))
+    return (f"leaks of {report.name} · {d['images']} images · {'nothing leaks' if report.clean else 'LEAKS'}\n"
+            f"  patients   {d['patients_in_two_folds']} in two folds or more\n"
+            f"  equal      {d['exact_groups']} groups of pixel-identical images, {d['exact_groups_across']} of them in two folds\n"
+            f"  similar    {d['pairs']} pairs, {inside} images in {d['copy_groups']} groups; in two folds: {where}\n"
+            f"  labels     {len(report.conflicts)} groups of copies with different labels")
+
+
 def find_leaks(dataset: ImageDataset, *, max_bits: int = 24, min_similarity: float = 0.9, mirrored: bool = False,
                progress: bool = False) -> LeakReport:
     """Look for everything that a data set has in two folds: patients, equal images and near-copies.

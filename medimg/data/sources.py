@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'ArraySource', 'FileSource', 'SliceSource', 'PatchSource']
 
-# %% ../../nbs/data/08a_sources.ipynb #ffe9a1b2
+# %% ../../nbs/data/08a_sources.ipynb #4abe1c7b
 import hashlib
 import os
 import threading
@@ -62,7 +62,12 @@ class Source:
         return hashlib.sha256(",".join(self.ids.tolist()).encode() + labels).hexdigest()
 
     def order(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
-        """Sample numbers in the order of one epoch, (n,) int, fixed by `seed`, `epoch` and the ids; unshuffled without `shuffle`."""
+        """Sample numbers in the order of one epoch, fixed by `seed`, `epoch` and the ids; unshuffled without `shuffle`.
+
+        Returns
+        -------
+        int array, (n,)
+        """
         return epoch_order(self.ids, seed=seed, epoch=epoch, shuffle=shuffle)
 
     def fetch(self, i: int):
@@ -76,7 +81,7 @@ class Source:
     def _with_label(self, sample, i):
         return sample if self.labels is None else {**sample, "label": self.labels[i]}
 
-# %% ../../nbs/data/08a_sources.ipynb #0186c5c7
+# %% ../../nbs/data/08a_sources.ipynb #f874bbd2
 class ArraySource(Source):
     """Images in memory: an ImageDataset, or arrays.
 
@@ -122,7 +127,7 @@ class ArraySource(Source):
             sample["boxes"] = np.asarray(self.boxes[raw], float)[~np.isnan(self.boxes[raw]).any(axis=1)]
         return self._with_label(sample, i)
 
-
+# %% ../../nbs/data/08a_sources.ipynb #dd4d3a2f
 class FileSource(Source):
     """Picture files and single DICOM images, read when they are needed.
 
@@ -179,7 +184,18 @@ class FileSource(Source):
             raise DatasetError(f"a stack of {volume.shape[0]} slices, not one image", path=self.paths[i], remedy="use SliceSource or PatchSource")
         return self._with_label({"image": volume.display()[0], "spacing_mm": volume.spacing_mm[1:]}, i)
 
-# %% ../../nbs/data/08a_sources.ipynb #9a8bbfb2
+# %% ../../nbs/data/08a_sources.ipynb #3bd74fe7
+def _volume_id(volume):
+    if isinstance(volume, (str, Path)):
+        return _id("volume", Path(volume).name)
+    if hasattr(volume, "series_uid"):
+        return _id("series", volume.series_uid)
+    if isinstance(volume, Volume):
+        digest = hashlib.sha256(np.ascontiguousarray(volume.array))
+        return _id("voxels", volume.shape, digest.hexdigest())
+    raise ConfigError(f"a {type(volume).__name__} is no volume", remedy="give Volumes, rows of scan(), or paths of NIfTI files or DICOM folders")
+
+# %% ../../nbs/data/08a_sources.ipynb #30d6aab0
 class _Shelf:
     """Volumes and masks, opened when needed; the last `keep` stay open."""
 
@@ -187,18 +203,8 @@ class _Shelf:
         self.volumes, self.masks, self.keep = list(volumes), None if masks is None else list(masks), keep
         if self.masks is not None and len(self.masks) != len(self.volumes):
             raise DatasetError(f"{len(self.masks)} masks for {len(self.volumes)} volumes", remedy="give one mask (or None) for each volume")
-        self.ids = [self._name(v) for v in self.volumes]
+        self.ids = [_volume_id(v) for v in self.volumes]
         self.open, self.lock = OrderedDict(), threading.Lock()
-
-    def _name(self, volume):
-        if isinstance(volume, (str, Path)):
-            return _id("volume", Path(volume).name)
-        if hasattr(volume, "series_uid"):
-            return _id("series", volume.series_uid)
-        if isinstance(volume, Volume):
-            digest = hashlib.sha256(np.ascontiguousarray(volume.array))
-            return _id("voxels", volume.shape, digest.hexdigest())
-        raise ConfigError(f"a {type(volume).__name__} is no volume", remedy="give Volumes, rows of scan(), or paths of NIfTI files or DICOM folders")
 
     def __getitem__(self, k):
         with self.lock:
@@ -224,7 +230,7 @@ class _Shelf:
             return read(thing)
         return thing
 
-# %% ../../nbs/data/08a_sources.ipynb #75e114d4
+# %% ../../nbs/data/08a_sources.ipynb #9c697220
 class _VolumeSource(Source):
     """What slices and patches share: the shelf, labels by volume, and an order that opens each volume once an epoch."""
 
@@ -254,7 +260,7 @@ class _VolumeSource(Source):
             sample["mask"] = mask[z[0]:z[1], y[0]:y[1], x[0]:x[1]]
         return self._with_label(sample, i)
 
-
+# %% ../../nbs/data/08a_sources.ipynb #e88874e6
 class SliceSource(_VolumeSource):
     """Every slice of every volume as an image.
 
