@@ -8,6 +8,7 @@ Budget: at least 200 files a second on 2 cores, files warm, output on disk.
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,8 +61,11 @@ def measure(repeats):
     peer = Peer(LOOP, python=sys.executable)
     rows = compare(f"de-identify {count} CT slices", ours, {"pydicom loop (blanks, no profile)": peer}, repeats=repeats, source=str(source))
     peer.close()
-    print(f"{count / rows[0]['ours_s']:.0f} files a second; the loop {count / rows[0]['peer_s']:.0f}")
-    return [{**row, "files_per_s": count / row["ours_s"]} for row in rows]
+    start = time.process_time()
+    ours(str(source))
+    busy = time.process_time() - start
+    print(f"{count / rows[0]['ours_s']:.0f} files a second; the loop {count / rows[0]['peer_s']:.0f}; {count / busy:.0f} files for a second of processor time")
+    return [{**row, "files_per_s": count / row["ours_s"], "files_per_cpu_s": count / busy} for row in rows]
 
 
 if __name__ == "__main__":
