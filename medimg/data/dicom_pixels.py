@@ -155,7 +155,7 @@ def _whole(header, keyword, default, path):
     except DicomError as error:
         raise DicomError(error.what, path=path, remedy="export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #beafca8b
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #4f4d6e25
 def codestream_size(data: bytes):
     """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 codestream states, or None where none can be found.
 
@@ -181,28 +181,37 @@ def codestream_size(data: bytes):
     if at >= 0 and len(data) >= at + 24:
         width, height, left, top = struct.unpack_from(">4I", data, at + 8)
         return height - top, width - left
+    frame = _jpeg_frame(data)
+    return frame and frame[1:3]
+
+
+def _jpeg_frame(data):
+    """(bits, rows, columns, samples) of a JPEG or JPEG-LS frame header, or None."""
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:                                             # a fill byte
             at += 1
         elif marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">2H", data, at + 5)
+            return struct.unpack_from(">BHHB", data, at + 4)
         else:
             at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
     return None
 
-
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #5ab3e5f7
 def _check_frames(header, shape, path):
     """The packed frames are as many and as large as the header says, before a decoder sees them."""
     from pydicom.encaps import generate_frames
-    frames, rows, columns, _ = shape
+    frames, rows, columns, samples = shape
     offsets = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
     found = 0
     for found, frame in enumerate(generate_frames(header.PixelData, number_of_frames=frames, extended_offsets=offsets if all(offsets) else None), 1):
         size = codestream_size(frame)
         if size is None and str(header.file_meta.TransferSyntaxUID).startswith("1.2.840.10008.1.2.4."):
             raise DicomError(f"frame {found} holds no JPEG picture", path=path, remedy="export the file again")
+        bits, *_, parts = _jpeg_frame(frame) or (1, 0, 0, samples)
+        if parts != samples or bits > int(header.get("BitsAllocated") or 8):
+            raise DicomError(f"frame {found} has {parts} samples of {bits} bits, against its header", path=path, remedy="export the file again")
         if size and size != (rows, columns):
             raise DicomError(f"frame {found} is {size[0]} × {size[1]}, but the header says {rows} × {columns}", path=path, remedy="export the file again")
         if found == frames:
@@ -324,7 +333,7 @@ def _packed(decoder, header, shape):
             mishap = error
     raise mishap
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #bf68352a
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #c75296ce
 def codestream_bits(header) -> int:
     """Bits a sample that the first packed JPEG frame states (T.81 B.2.2); Bits Stored where it does not say.
 
@@ -340,12 +349,8 @@ def codestream_bits(header) -> int:
     12
     """
     from pydicom.encaps import generate_frames
-    data, at = next(generate_frames(header.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1))), 2
-    while at + 5 <= len(data) and data[at] == 0xFF:
-        if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
-            return data[at + 4]
-        at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0]) if data[at + 1] != 0xFF else 1
-    return int(header.get("BitsStored") or 8)
+    frame = _jpeg_frame(next(generate_frames(header.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1))))
+    return frame[0] if frame else int(header.get("BitsStored") or 8)
 
 
 def _twelve_bit(header, shape):

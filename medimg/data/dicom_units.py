@@ -6,7 +6,7 @@
 __all__ = ['number_of', 'stored_range', 'look_up', 'rescale_of', 'apply_modality_lut', 'units_of', 'apply_voi', 'Window',
            'is_negative', 'meant_range', 'windows_of', 'window_of', 'to_display', 'suv_factor']
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #430c9e61
+# %% ../../nbs/data/02f_dicom_units.ipynb #0115b95f
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def number_of(header, keyword: str, default=None) -> float:
     >>> number_of(ds, "WindowCenter"), number_of(ds, "RescaleSlope", 1)
     (40.0, 1.0)
     """
-    value = header.get(keyword)
+    value = _get(header, keyword)
     value = value[0] if (isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue") and len(value) else value
     if value is None or not str(value).strip():
         if default is None:
@@ -56,6 +56,14 @@ def number_of(header, keyword: str, default=None) -> float:
     if not math.isfinite(number):
         raise DicomError(f"{keyword} is {str(value)[:20]!r}, not a number", path=_name(header), remedy="ask for the series again")
     return number
+
+
+def _get(header, keyword):
+    """An element's value or None; pydicom converts values when they are asked for, and fails then."""
+    try:
+        return header.get(keyword)
+    except Exception as error:
+        raise DicomError(f"{keyword} cannot be read ({type(error).__name__})", path=_name(header), remedy="ask for the series again") from error
 
 
 def _name(header):
@@ -123,7 +131,7 @@ def look_up(values, item) -> np.ndarray:
     index = np.clip(np.asarray(values).astype("int64", copy=False) - first, 0, entries - 1)
     return table[:entries].astype("uint16")[index]
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #6f5874cd
+# %% ../../nbs/data/02f_dicom_units.ipynb #6ed11f75
 def rescale_of(header) -> tuple:
     """(slope, intercept) of the modality LUT; (1, 0) where the file has none.
 
@@ -183,7 +191,7 @@ def apply_modality_lut(stored, header) -> np.ndarray:
     >>> apply_modality_lut(np.array([[0, 1024]], "uint16"), ds)
     array([[-1024,     0]], dtype=int16)
     """
-    if table := header.get("ModalityLUTSequence"):
+    if table := _get(header, "ModalityLUTSequence"):
         return look_up(stored, table[0]).astype("float32")
     slope, intercept = rescale_of(header)
     stored = np.asarray(stored)
@@ -200,7 +208,7 @@ def apply_modality_lut(stored, header) -> np.ndarray:
         out += np.float32(intercept)
     return out
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #4d00aeef
+# %% ../../nbs/data/02f_dicom_units.ipynb #1649ee48
 _PET = {"BQML": "Bq/ml", "CNTS": "counts", "CPS": "counts/s", "PROPCNTS": "raw", "PROPCPS": "raw", "MGMINML": "mg/min/ml", "MLMINML": "ml/min/ml",
         "UMOLML": "umol/ml", "UMOLMINML": "umol/min/ml", "MLML": "ml/ml", "PCNT": "%", "STDDEV": "SD"}
 _CT = {"HU": "HU", "US": "raw", "MGML": "mg/ml", "PCT": "%", "ED": "10^23/ml", "Z_EFF": "Z_eff", "OD": "OD", "HU_MOD": "HU_MOD"}
@@ -230,21 +238,21 @@ def units_of(header) -> str:
     >>> units_of(ds)
     'HU'
     """
-    modality, says = header.get("Modality"), str(header.get("RescaleType") or "").strip()
+    modality, says = _get(header, "Modality"), str(_get(header, "RescaleType") or "").strip()
     if modality == "CT":
         if says:
             return _CT.get(says.upper(), says[:16])
-        kind = [str(v).upper() for v in header.get("ImageType") or ()]
-        special = "LOCALIZER" in kind or header.get("MultienergyCTAcquisition") == "YES"
-        calibrated = header.get("RescaleIntercept") not in (None, "") or header.get("ModalityLUTSequence")
+        kind = [str(v).upper() for v in _get(header, "ImageType") or ()]
+        special = "LOCALIZER" in kind or _get(header, "MultienergyCTAcquisition") == "YES"
+        calibrated = _get(header, "RescaleIntercept") not in (None, "") or _get(header, "ModalityLUTSequence")
         return "HU" if calibrated and not special else "raw"
     if modality == "PT":
-        unit = str(header.get("Units") or "").strip().upper()
+        unit = str(_get(header, "Units") or "").strip().upper()
         if unit == "GML":
-            return "SUV" if str(header.get("SUVType") or "BW").strip().upper() == "BW" else "g/ml"
+            return "SUV" if str(_get(header, "SUVType") or "BW").strip().upper() == "BW" else "g/ml"
         return _PET.get(unit, "raw")
     if modality == "RTDOSE":
-        return "Gy" if header.get("DoseUnits") == "GY" else "raw"
+        return "Gy" if _get(header, "DoseUnits") == "GY" else "raw"
     return "raw"
 
 # %% ../../nbs/data/02f_dicom_units.ipynb #a8ed91ac
@@ -290,7 +298,7 @@ def apply_voi(values, center: float, width: float, *, function: str = "LINEAR") 
         return (values > center - half).astype("float32")
     return np.clip((values - (center - half)) / (width - 2 * half) + 0.5, 0, 1).astype("float32")
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #44d93195
+# %% ../../nbs/data/02f_dicom_units.ipynb #a9d9a611
 class Window(NamedTuple):
     """One preset of a file: `center` and `width` in the unit of the array, `function` and `name` (may be empty)."""
 
@@ -314,7 +322,7 @@ def is_negative(header) -> bool:
     >>> is_negative(ds)
     True
     """
-    return header.get("PhotometricInterpretation") == "MONOCHROME1" and header.get("Modality") not in ("CT", "PT")
+    return _get(header, "PhotometricInterpretation") == "MONOCHROME1" and _get(header, "Modality") not in ("CT", "PT")
 
 
 def meant_range(header) -> tuple:
@@ -357,9 +365,9 @@ def windows_of(header) -> tuple:
     >>> [(w.name, w.center, w.width) for w in windows_of(ds)]
     [('SOFT', 40.0, 400.0), ('LUNG', -600.0, 1500.0)]
     """
-    function = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
+    function = str(_get(header, "VOILUTFunction") or "LINEAR").strip().upper()
     function = function if function in ("LINEAR", "LINEAR_EXACT", "SIGMOID") else "LINEAR"
-    centers, widths, names = (_list(header.get(k)) for k in ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation"))
+    centers, widths, names = (_list(_get(header, k)) for k in ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation"))
     found = []
     for k, (center, width) in enumerate(zip(centers[:64], widths)):
         try:
@@ -393,7 +401,7 @@ def window_of(header):
     found = windows_of(header)
     return found[0][:2] if found else None
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #f1d3a7c9
+# %% ../../nbs/data/02f_dicom_units.ipynb #913eaa3d
 def to_display(values, header, *, preset: int = 0, padding=None) -> np.ndarray:
     """Grey values as the file asks to be shown; larger is brighter.
 
@@ -427,7 +435,7 @@ def to_display(values, header, *, preset: int = 0, padding=None) -> np.ndarray:
     >>> to_display(np.array([-1000, 1000]), ds).tolist()
     [0.0, 1.0]
     """
-    windows, table, turned = windows_of(header), header.get("VOILUTSequence"), is_negative(header)
+    windows, table, turned = windows_of(header), _get(header, "VOILUTSequence"), is_negative(header)
     if table and preset == 0:
         grey = _by_table(sum(meant_range(header)) - values if turned else values, table[0])
         grey = 1 - grey if turned else grey
@@ -438,7 +446,7 @@ def to_display(values, header, *, preset: int = 0, padding=None) -> np.ndarray:
     else:
         low, high = float(np.min(values)), float(np.max(values))
         grey = np.asarray((np.asarray(values, "float32") - low) / max(high - low, 1e-6), "float32")
-    if header.get("PhotometricInterpretation") == "MONOCHROME1" and not turned:
+    if _get(header, "PhotometricInterpretation") == "MONOCHROME1" and not turned:
         grey = 1 - grey
     return grey if padding is None else np.where(padding, np.float32(0), grey)
 
@@ -447,7 +455,7 @@ def _by_table(values, item):
     bits = int(item.LUTDescriptor[2])
     return np.clip(look_up(np.rint(values), item) / np.float32((1 << min(max(bits, 1), 16)) - 1), 0, 1).astype("float32")
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #2c70bf16
+# %% ../../nbs/data/02f_dicom_units.ipynb #c1bbda82
 def suv_factor(header) -> float:
     """What multiplies a PET value (after the modality LUT) to give SUV by body weight, in g/ml.
 
@@ -479,7 +487,7 @@ def suv_factor(header) -> float:
     >>> round(suv_factor(ds) * 1e4, 4)
     2.7634
     """
-    units = str(header.get("Units") or "").strip().upper()
+    units = str(_get(header, "Units") or "").strip().upper()
     if units == "GML" and units_of(header) == "SUV":
         return 1.0
     scale = 1.0
@@ -491,7 +499,7 @@ def suv_factor(header) -> float:
             raise DicomError("PET in counts without Philips' scale factor (7053,xx00)", path=_name(header), remedy="export the series in Bq/ml")
     elif units != "BQML":
         raise DicomError(f"no SUV from Units {units or 'missing'}", path=_name(header), remedy="export the series in Bq/ml")
-    corrected = {str(v).upper() for v in _list(header.get("CorrectedImage"))}
+    corrected = {str(v).upper() for v in _list(_get(header, "CorrectedImage"))}
     if not corrected >= {"ATTN", "DECY"}:
         raise DicomError("CorrectedImage does not list ATTN and DECY", path=_name(header), remedy="export the corrected series")
     weight = _positive(header, "PatientWeight")
@@ -513,20 +521,20 @@ def _private(header, group, creator, offset):
         return None
     return value if math.isfinite(value) and value > 0 else None
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #824e00f6
+# %% ../../nbs/data/02f_dicom_units.ipynb #d52c3c93
 def _dose_at_reference(header):
     """The injected dose in Bq, decayed to the time to which the image was corrected."""
-    given = header.get("RadiopharmaceuticalInformationSequence")
+    given = _get(header, "RadiopharmaceuticalInformationSequence")
     if not given:
         raise DicomError("RadiopharmaceuticalInformationSequence is missing", path=_name(header), remedy="ask for the series again")
     dose, half_life = _positive(given[0], "RadionuclideTotalDose"), _positive(given[0], "RadionuclideHalfLife")
-    correction = str(header.get("DecayCorrection") or "").strip().upper()
+    correction = str(_get(header, "DecayCorrection") or "").strip().upper()
     if correction == "ADMIN":
         return dose
     if correction != "START":
         raise DicomError(f"DecayCorrection is {correction[:16] or 'missing'}", path=_name(header), remedy="SUV needs START or ADMIN")
-    reference, dated = _reference_time(header, half_life), given[0].get("RadiopharmaceuticalStartDateTime")
-    start = _moment(str(dated)[:8], str(dated)[8:]) if dated else _moment(f"{reference:%Y%m%d}", given[0].get("RadiopharmaceuticalStartTime"))
+    reference, dated = _reference_time(header, half_life), _get(given[0], "RadiopharmaceuticalStartDateTime")
+    start = _moment(str(dated)[:8], str(dated)[8:]) if dated else _moment(f"{reference:%Y%m%d}", _get(given[0], "RadiopharmaceuticalStartTime"))
     if start is None:
         raise DicomError("RadiopharmaceuticalStartTime is missing", path=_name(header), remedy="ask for the series again")
     waited = (reference - start).total_seconds()
@@ -540,8 +548,8 @@ def _dose_at_reference(header):
 def _reference_time(header, half_life):
     """The moment to which START corrects: the series time, unless that is later than the acquisition."""
     import datetime
-    series = _moment(header.get("SeriesDate"), header.get("SeriesTime"))
-    acquired = _moment(header.get("AcquisitionDate") or header.get("SeriesDate"), header.get("AcquisitionTime"))
+    series = _moment(_get(header, "SeriesDate"), _get(header, "SeriesTime"))
+    acquired = _moment(_get(header, "AcquisitionDate") or _get(header, "SeriesDate"), _get(header, "AcquisitionTime"))
     for keyword, moment in (("SeriesTime", series), ("AcquisitionTime", acquired)):
         if moment is None:
             raise DicomError(f"{keyword} is missing", path=_name(header), remedy="ask for the series again")
