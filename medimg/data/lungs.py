@@ -147,7 +147,7 @@ def _split(joined, spacing):
             return [joined & (side == 1), joined & (side == 2)]
     return [joined]
 
-# %% ../../nbs/data/06b_lungs.ipynb #413f46c2
+# %% ../../nbs/data/06b_lungs.ipynb #fa61b576
 def _closed(lung, spacing, radius_mm, pixel_mm=2.0):
     """`lung` and the dents that a ball cannot enter, the thick ones grown by its sag; on pixels of about 2 mm, exact distances."""
     k = max(1, int(pixel_mm / spacing[1]))
@@ -171,7 +171,7 @@ def _filled(lung, step, radius_mm, crease_mm=2.5, mouth_mm=20.0):
         filled |= distance(~thick, sampling=step) <= crease_mm + sag
     return filled
 
-
+# %% ../../nbs/data/06b_lungs.ipynb #03c9bd87
 def segment_lungs(volume: Volume, *, closing_mm: float = 22.0) -> np.ndarray:
     """The lungs in a chest CT, right and left apart, with their vessels and with nodules at the wall; without the large airways.
 
