@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'generator', 'Transform', 'Warp', 'move_boxes', 'Compose', 'apply_steps', 'replay', 'Flip', 'Affine',
            'Elastic', 'Crop', 'Mixup']
 
-# %% ../../nbs/data/07_augment.ipynb #f526bd8c
+# %% ../../nbs/data/07_augment.ipynb #60a833e0
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +15,10 @@ from typing import ClassVar
 import numpy as np
 
 from .augment3d import Field, draw_field, warp_volume
-from .volume import Volume, orientation_of
+from .volume import Volume, orientation_of, patch
 from ..errors import ConfigError, DatasetError, nearest
 
-
+# %% ../../nbs/data/07_augment.ipynb #a86a42fc
 @dataclass(frozen=True, eq=False)
 class Sample:
     """An image with all that must move when it moves.
@@ -88,14 +88,14 @@ class Sample:
 
     @classmethod
     def of(cls, volume, **parts) -> "Sample":
-        """A sample of a `Volume` (with its geometry) and `parts` such as `mask` and `points`."""
+        """A sample of `volume`, a `Volume`, with its geometry and `parts` such as `mask` and `points`."""
         return cls(volume.array, volume.spacing_mm, affine=volume.affine, **parts)
 
     def volume(self, like) -> Volume:
         """The image as a `Volume` with this sample's affine and the unit and facts of the volume `like`."""
         return Volume(self.image, self.affine, modality=like.modality, units=like.units, meta=like.meta)
 
-# %% ../../nbs/data/07_augment.ipynb #3d771aa9
+# %% ../../nbs/data/07_augment.ipynb #8a0a73f0
 def generator(seed: int, epoch: int = 0, sample_id="") -> np.random.Generator:
     """The random numbers of one sample in one epoch, whatever was drawn before.
 
@@ -143,7 +143,7 @@ class Transform:
         _KINDS[cls.__name__] = cls
 
     def check(self, sample) -> None:
-        """Raise when this change is not allowed for the sample."""
+        """Raise when this change is not allowed for the sample (`sample`)."""
 
     def draw(self, rng, shape, spacing_mm) -> dict:
         """JSON-ready numbers for an image of `shape` and `spacing_mm`, from the generator `rng`."""
@@ -153,7 +153,7 @@ class Transform:
         """Draw and apply; see `Compose`."""
         return Compose([self])(sample, rng)
 
-# %% ../../nbs/data/07_augment.ipynb #0aca9dd6
+# %% ../../nbs/data/07_augment.ipynb #38af5f7c
 @dataclass(frozen=True, eq=False)
 class Warp:
     """A change of place: voxel `o` of the output comes from `matrix @ (o, 1)` plus the field of the input.
@@ -193,48 +193,54 @@ class Warp:
     mirror: bool = False
     swap: tuple = ()
 
-    def then(self, other) -> "Warp | None":
-        """This move followed by `other` as one move, or None when a bend would need to be bent (two interpolations then)."""
-        d = len(self.shape)
-        linear, shift = other.matrix[:d, :d], other.matrix[:d, d]
-        field = self.field
-        if field is None:
-            field = other.field.through(self.matrix[:d, :d]) if other.field else None
-        elif other.field is None and (linear == np.diag(linear.diagonal())).all() and (abs(linear.diagonal()) == 1).all():
-            field = field.reindexed(linear.diagonal(), shift)
-        else:
-            return None
-        return Warp(self.matrix @ other.matrix, other.shape, field, other.fill if self.fill == "edge" else self.fill,
-                    max(self.min_visible, other.min_visible), tuple(np.add(self.start or (0,) * d, other.start or (0,) * d).tolist()),
-                    self.mirror != other.mirror, self.swap + other.swap)
+# %% ../../nbs/data/07_augment.ipynb #86ce60a9
+@patch
+def then(self: Warp, other) -> "Warp | None":
+    """This move followed by `other` as one move, or None when a bend would need to be bent (two interpolations then)."""
+    d = len(self.shape)
+    linear, shift = other.matrix[:d, :d], other.matrix[:d, d]
+    field = self.field
+    if field is None:
+        field = other.field.through(self.matrix[:d, :d]) if other.field else None
+    elif other.field is None and (linear == np.diag(linear.diagonal())).all() and (abs(linear.diagonal()) == 1).all():
+        field = field.reindexed(linear.diagonal(), shift)
+    else:
+        return None
+    return Warp(self.matrix @ other.matrix, other.shape, field, other.fill if self.fill == "edge" else self.fill,
+                max(self.min_visible, other.min_visible), tuple(np.add(self.start or (0,) * d, other.start or (0,) * d).tolist()),
+                self.mirror != other.mirror, self.swap + other.swap)
 
-    def forward(self, points) -> np.ndarray:
-        """Where points (n, d) of the input lie in the output; the field is inverted by fixed-point iteration."""
-        d = len(self.shape)
-        back = np.linalg.inv(self.matrix)
-        moved = points @ back[:d, :d].T + back[:d, d]
-        for _ in range(0 if self.field is None else 20):
-            moved = (points - self.field.at(moved)) @ back[:d, :d].T + back[:d, d]
-        return moved
 
-    def apply(self, sample) -> Sample:
-        """The sample with image, mask, boxes, landmarks, side and affine moved."""
-        image, mask = _copied(sample, self) or (_warp_flat if len(self.shape) == 2 else _warp_deep)(sample, self)
-        for a, b in self.swap if mask is not None else ():
-            mask = np.where(mask == a, b, np.where(mask == b, a, mask)).astype(mask.dtype)
-        changed = {"image": image, "mask": mask}
-        if sample.boxes is not None:
-            changed["boxes"], kept = move_boxes(sample.boxes, self)
-            changed["box_labels"] = None if sample.box_labels is None else np.asarray(sample.box_labels)[kept]
-        if sample.points is not None:
-            changed["points"] = self.forward(sample.points)
-        if self.mirror and sample.side:
-            changed["side"] = {"left": "right", "right": "left"}[sample.side]
-        if sample.affine is not None and any(self.start):
-            step = np.eye(4)
-            step[:3, 3] = self.start
-            changed["affine"] = sample.affine @ step
-        return replace(sample, **changed)
+@patch
+def forward(self: Warp, points):
+    """(n, d) places in the output of `points` (n, d) of the input; the field is inverted by fixed-point iteration."""
+    d = len(self.shape)
+    back = np.linalg.inv(self.matrix)
+    moved = points @ back[:d, :d].T + back[:d, d]
+    for _ in range(0 if self.field is None else 20):
+        moved = (points - self.field.at(moved)) @ back[:d, :d].T + back[:d, d]
+    return moved
+
+# %% ../../nbs/data/07_augment.ipynb #e35451f9
+@patch
+def apply(self: Warp, sample) -> Sample:
+    """The `sample` with image, mask, boxes, landmarks, side and affine moved."""
+    image, mask = _copied(sample, self) or (_warp_flat if len(self.shape) == 2 else _warp_deep)(sample, self)
+    for a, b in self.swap if mask is not None else ():
+        mask = np.where(mask == a, b, np.where(mask == b, a, mask)).astype(mask.dtype)
+    changed = {"image": image, "mask": mask}
+    if sample.boxes is not None:
+        changed["boxes"], kept = move_boxes(sample.boxes, self)
+        changed["box_labels"] = None if sample.box_labels is None else np.asarray(sample.box_labels)[kept]
+    if sample.points is not None:
+        changed["points"] = self.forward(sample.points)
+    if self.mirror and sample.side:
+        changed["side"] = {"left": "right", "right": "left"}[sample.side]
+    if sample.affine is not None and any(self.start):
+        step = np.eye(4)
+        step[:3, 3] = self.start
+        changed["affine"] = sample.affine @ step
+    return replace(sample, **changed)
 
 # %% ../../nbs/data/07_augment.ipynb #a0813024
 def _copied(sample, warp):
@@ -345,7 +351,7 @@ def move_boxes(boxes, warp: Warp) -> tuple:
     kept = (share >= warp.min_visible) & (share > 0)
     return np.concatenate(clipped, axis=1)[kept], kept
 
-# %% ../../nbs/data/07_augment.ipynb #7141a93e
+# %% ../../nbs/data/07_augment.ipynb #362666d7
 class Compose:
     """A chain of transforms that remembers what it did.
 
@@ -371,7 +377,7 @@ class Compose:
         self.steps = [step if isinstance(step, Transform) else _made(step) for step in steps]
 
     def draw(self, rng, shape, spacing_mm) -> list:
-        """The steps that will happen, as JSON-ready dicts of `name` and `params`."""
+        """The steps that will happen, as JSON-ready dicts of `name` and `params`, drawn from `rng` for `shape` and `spacing_mm`."""
         drawn = []
         for step in self.steps:
             happens, params = rng.random() < step.p, step.draw(rng, shape, spacing_mm)
@@ -409,7 +415,7 @@ def _made(settings):
         raise ConfigError(f"{kind.__name__}: unknown setting {alien[0]!r}", remedy=nearest(alien[0], kind.__dataclass_fields__))
     return kind(**{k: tuple(map(tuple, v)) if k == "swap" else tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
-
+# %% ../../nbs/data/07_augment.ipynb #62911d33
 def apply_steps(sample: Sample, steps) -> Sample:
     """Apply drawn steps; moves that follow one another become one warp.
 
@@ -469,7 +475,7 @@ def replay(sample: Sample, history) -> Sample:
         sample = apply_steps(sample, steps)
     return sample
 
-# %% ../../nbs/data/07_augment.ipynb #87947262
+# %% ../../nbs/data/07_augment.ipynb #133934a1
 def _ranges(owner, **limits):
     """Check that the numbers of a transform lie within (low, high)."""
     for name, (low, high) in limits.items():
@@ -477,7 +483,7 @@ def _ranges(owner, **limits):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ConfigError(f"{type(owner).__name__}: {name} is {value!r}", remedy=f"give a number from {low:g} to {high:g}")
 
-
+# %% ../../nbs/data/07_augment.ipynb #d38e11d0
 @dataclass(frozen=True)
 class Flip(Transform):
     """Mirror along axes, each with its own chance.
@@ -519,7 +525,7 @@ class Flip(Transform):
             raise ConfigError(f"Flip: laterality is {self.laterality!r}", remedy='use "refuse", "swap" or "free"')
 
     def check(self, sample) -> None:
-        """Refuse a flip of the patient's sides that nobody decided upon, and one along an axis that is not there."""
+        """Refuse a flip of the patient's sides that nobody decided upon, and one along an axis that is not there (`sample`)."""
         if self.z and len(sample.shape) == 2:
             raise ConfigError("Flip: a 2-D image has no z", remedy="leave z at 0")
         axis = _left_right(sample)
@@ -530,14 +536,14 @@ class Flip(Transform):
             raise ConfigError(f"left-right is along {'zyx'[axis]} here", remedy='reorient the volume to "SPL" before')
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Which array axes are mirrored."""
+        """Which array axes are mirrored, drawn from `rng` for `shape` and `spacing_mm`."""
         chances = (self.z, self.y, self.x)[-len(shape):]
         axes = [k for k, chance in enumerate(chances) if rng.random() < chance]
         return {"axes": axes, "swap": [list(pair) for pair in self.swap], "follow": self.laterality == "swap"}
 
     @staticmethod
     def warp(params, shape, spacing_mm) -> Warp:
-        """The mirror as a `Warp`."""
+        """The mirror as a `Warp`, by `params` for `shape` and `spacing_mm`."""
         d = len(shape)
         matrix = np.eye(d + 1)
         for axis in params["axes"]:
@@ -545,14 +551,14 @@ class Flip(Transform):
         sides = params["follow"] and d - 1 in params["axes"]
         return Warp(matrix, tuple(shape), mirror=sides, swap=tuple(map(tuple, params["swap"])) if sides else ())
 
-
+# %% ../../nbs/data/07_augment.ipynb #754c66ec
 def _left_right(sample):
     """Index in (z, y, x) of the patient's left-right axis: by the affine, else x."""
     if sample.affine is None:
         return 2
     return next(k for k, letter in enumerate(orientation_of(sample.affine)) if letter in "LR")
 
-# %% ../../nbs/data/07_augment.ipynb #02107e4f
+# %% ../../nbs/data/07_augment.ipynb #4698ce7e
 @dataclass(frozen=True)
 class Affine(Transform):
     """Rotate, scale and shift about the image's centre, in degrees and mm.
@@ -596,7 +602,7 @@ class Affine(Transform):
         _check_fill(self)
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Angles, factor and shifts, uniform within ± the limits."""
+        """Angles, factor and shifts, uniform within ± the limits, drawn from `rng` for `shape` and `spacing_mm`."""
         d = len(shape)
         angles = np.broadcast_to(self.rotate_deg, 1 if d == 2 else 3) * rng.uniform(-1, 1, 1 if d == 2 else 3)
         shift = np.broadcast_to(self.translate_mm, d) * rng.uniform(-1, 1, d)
@@ -605,7 +611,7 @@ class Affine(Transform):
 
     @staticmethod
     def warp(params, shape, spacing_mm) -> Warp:
-        """The move as a `Warp`."""
+        """The move as a `Warp`, by `params` for `shape` and `spacing_mm`."""
         d, spacing = len(shape), np.asarray(spacing_mm, float)
         back = _rotation(params["rotate_deg"], d).T * (spacing / spacing[:, None]) / params["scale"]
         centre = (np.asarray(shape) - 1) / 2
@@ -624,12 +630,12 @@ def _rotation(angles_deg, d):
         whole = one if whole is None else whole @ one
     return whole
 
-
+# %% ../../nbs/data/07_augment.ipynb #afed93a5
 def _check_fill(owner):
     if owner.fill != "edge" and (isinstance(owner.fill, (str, bool)) or not np.isfinite(owner.fill)):
         raise ConfigError(f"{type(owner).__name__}: fill is {owner.fill!r}", remedy='give "edge" or a number')
 
-# %% ../../nbs/data/07_augment.ipynb #5deaeea4
+# %% ../../nbs/data/07_augment.ipynb #29726d93
 @dataclass(frozen=True)
 class Elastic(Transform):
     """Bend smoothly, without folding; see `draw_field`.
@@ -666,16 +672,16 @@ class Elastic(Transform):
         _check_fill(self)
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """The seed of the field, with the settings that it needs."""
+        """The seed of the field, with the settings that it needs, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"seed": int(rng.integers(2**32)), **{k: getattr(self, k) for k in ("control_mm", "max_mm", "fill", "min_visible")}}
 
     @staticmethod
     def warp(params, shape, spacing_mm) -> Warp:
-        """The bend as a `Warp`."""
+        """The bend as a `Warp`, by `params` for `shape` and `spacing_mm`."""
         field = draw_field(shape, spacing_mm, control_mm=params["control_mm"], max_mm=params["max_mm"], seed=params["seed"])
         return Warp(np.eye(len(shape) + 1), tuple(shape), field, params["fill"], params["min_visible"])
 
-
+# %% ../../nbs/data/07_augment.ipynb #49f8fb68
 @dataclass(frozen=True)
 class Crop(Transform):
     """Cut out a part of fixed shape at a random place; every kept voxel stays at its place in the patient.
@@ -701,12 +707,12 @@ class Crop(Transform):
     spatial: ClassVar[bool] = True
 
     def check(self, sample) -> None:
-        """Refuse an image that is smaller than the crop."""
+        """Refuse an image that is smaller than the crop (`sample`)."""
         if len(self.shape) != len(sample.shape):
             raise ConfigError(f"a crop of {self.shape} of an image of {sample.shape}", remedy="give one length for each axis")
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Where the part begins, uniform over all places."""
+        """Where the part begins, uniform over all places, drawn from `rng` for `shape` and `spacing_mm`."""
         room = np.subtract(shape, self.shape)
         if (room < 0).any() or min(self.shape) < 1:
             raise ConfigError(f"a crop of {self.shape} does not fit into {tuple(shape)}", remedy="pad the image, or crop less")
@@ -714,12 +720,12 @@ class Crop(Transform):
 
     @staticmethod
     def warp(params, shape, spacing_mm) -> Warp:
-        """The cut as a `Warp`."""
+        """The cut as a `Warp`, by `params` for `shape` and `spacing_mm`."""
         matrix = np.eye(len(shape) + 1)
         matrix[:-1, -1] = params["start"]
         return Warp(matrix, tuple(params["shape"]), start=tuple(params["start"]), min_visible=params.get("min_visible", 0.3))
 
-# %% ../../nbs/data/07_augment.ipynb #743ae94c
+# %% ../../nbs/data/07_augment.ipynb #cd1ba3f5
 @dataclass(frozen=True)
 class Mixup:
     """Blend each image of a batch with another one, and their labels alike.
@@ -747,13 +753,13 @@ class Mixup:
         _ranges(self, alpha=(1e-6, 1e3))
 
     def draw(self, rng, n: int) -> dict:
-        """For each of n images its share (0.5 … 1) and the partner that gives the rest."""
+        """For each of `n` images its share (0.5 … 1) and the partner that gives the rest, drawn from `rng`."""
         share = rng.beta(self.alpha, self.alpha, n)
         return {"share": np.maximum(share, 1 - share).tolist(), "partner": rng.permutation(n).tolist()}
 
     @staticmethod
     def apply(x, y, params) -> tuple:
-        """(x, y) float32: images (n, …) and one-hot or multilabel targets (n, classes) blended."""
+        """(`x`, `y`) float32: images (n, …) and one-hot or multilabel targets (n, classes) blended by `params`."""
         blended = []
         for part in (np.asarray(x, np.float32), np.asarray(y, np.float32)):
             share = np.asarray(params["share"], np.float32).reshape(-1, *[1] * (part.ndim - 1))

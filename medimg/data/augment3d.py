@@ -39,7 +39,7 @@ def bspline_rows(positions, count: int) -> np.ndarray:
     a = abs(np.asarray(positions, float)[:, None] - (np.arange(count) - 1))
     return np.where(a < 1, 2 / 3 - a**2 + a**3 / 2, np.maximum(2 - a, 0) ** 3 / 6)
 
-# %% ../../nbs/data/07a_augment3d.ipynb #066ab8e5
+# %% ../../nbs/data/07a_augment3d.ipynb #0fe78730
 @dataclass(frozen=True, eq=False)
 class Field:
     """A smooth displacement, in voxels, of where each voxel's value comes from.
@@ -70,16 +70,16 @@ class Field:
         return replace(self, control=np.tensordot(matrix, self.control, 1))
 
     def reindexed(self, sign, start) -> "Field":
-        """The same bending on a grid whose voxel `o` is at `sign * o + start` here: a crop or a mirror image."""
+        """The same bending on a grid whose voxel `o` is at `sign` * o + `start` here: a crop or a mirror image."""
         return replace(self, sign=self.sign * sign, start=self.sign * start + self.start)
 
-    def rows(self, axis: int, positions) -> np.ndarray:
-        """(n, grid) weights of the control points along one axis at output voxels `positions`."""
+    def rows(self, axis: int, positions):
+        """(n, grid) weights of the control points along `axis` at output voxels `positions`."""
         count = self.control.shape[axis + 1]
         inner = (np.asarray(positions, float) * self.sign[axis] + self.start[axis]) / self.step[axis]
         return bspline_rows(np.clip(inner, 0, count - 3), count)
 
-    def at(self, points) -> np.ndarray:
+    def at(self, points):
         """(n, d) displacements at output voxels `points` (n, d), which may be fractional."""
         points, grid = np.asarray(points, float), np.moveaxis(self.control, 0, -1)
         out = np.empty(points.shape)
@@ -181,7 +181,7 @@ def _source(array, order, fill):
     array = np.concatenate([array, array]) if len(array) == 1 else np.ascontiguousarray(array)
     return array, order, fill if fill == "edge" else fill if order else 0
 
-# %% ../../nbs/data/07a_augment3d.ipynb #8784c78e
+# %% ../../nbs/data/07a_augment3d.ipynb #c54d542a
 def _coordinates(matrix, shape, field):
     """Yield (z, where): `where` (3, y, x) float32 is the source index of each voxel of output slice z, in a buffer that is used again."""
     _, height, width = shape
@@ -212,7 +212,7 @@ def _slice(jobs, where):
         for _, _, border, out in jobs:
             out[outside] = border
 
-
+# %% ../../nbs/data/07a_augment3d.ipynb #34a70ebd
 def _gather(jobs, where):
     """Sample every job (source, order, out) at `where`; a patch that touches too many slices is done in halves."""
     depth, height, _ = jobs[0][0].shape

@@ -6,7 +6,7 @@
 __all__ = ['normal_noise', 'Noise', 'Blur', 'gaussian', 'Gamma', 'Contrast', 'Cutout', 'LowResolution', 'BiasField', 'Ghosting',
            'Spike', 'Dose']
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #87ae5d4e
+# %% ../../nbs/data/07c_augment_grey.ipynb #19593c92
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,19 +71,19 @@ class Noise(Transform):
         _ranges(self, sd=(0, 1e6), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """SD and seed."""
+        """SD and seed, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"sd": rng.uniform(*self.sd), "seed": int(rng.integers(2**32))}
 
     @staticmethod
     def apply(sample, params):
-        """The sample with noise."""
+        """The `sample` with noise, by the numbers in `params`."""
         import cv2
         noise = normal_noise(sample.image.shape, params["seed"])
         flat = noise.reshape(-1, noise.shape[-1])
         cv2.scaleAdd(flat, params["sd"], sample.image.reshape(flat.shape), flat)
         return _changed(sample, noise)
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #294737bd
 @dataclass(frozen=True)
 class Blur(Transform):
     """Smooth with a Gaussian of the same width in mm along every axis.
@@ -109,12 +109,12 @@ class Blur(Transform):
         _ranges(self, sigma_mm=(0, 1e3), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """The width."""
+        """The width, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"sigma_mm": rng.uniform(*self.sigma_mm)}
 
     @staticmethod
     def apply(sample, params):
-        """The sample blurred."""
+        """The `sample` blurred, by the numbers in `params`."""
         return _changed(sample, gaussian(sample.image, [params["sigma_mm"] / mm for mm in sample.spacing_mm]))
 
 
@@ -157,7 +157,7 @@ def _kernel(sigma):
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return (weights / weights.sum()).astype(np.float32)
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #f08ff153
+# %% ../../nbs/data/07c_augment_grey.ipynb #2e80d01f
 @dataclass(frozen=True)
 class Gamma(Transform):
     """Bend the grey scale between the image's own minimum and maximum, which stay.
@@ -183,12 +183,12 @@ class Gamma(Transform):
         _ranges(self, log_gamma=(0, 3), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """The exponent."""
+        """The exponent, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"gamma": float(np.exp(rng.uniform(-self.log_gamma, self.log_gamma)))}
 
     @staticmethod
     def apply(sample, params):
-        """The sample with its grey scale bent."""
+        """The `sample` with its grey scale bent, by the numbers in `params`."""
         import cv2
         flat = sample.image.reshape(-1, sample.image.shape[-1])
         low, high, _, _ = cv2.minMaxLoc(flat.reshape(flat.shape[0], -1))
@@ -201,7 +201,7 @@ class Gamma(Transform):
         part += np.float32(low)
         return _changed(sample, part.reshape(sample.image.shape))
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #57f1717f
 @dataclass(frozen=True)
 class Contrast(Transform):
     """Stretch values about the image's mean and lift them.
@@ -230,19 +230,19 @@ class Contrast(Transform):
         _ranges(self, contrast=(0, 1), brightness=(0, 10), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Factor and lift."""
+        """Factor and lift, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"gain": 1 + rng.uniform(-self.contrast, self.contrast), "lift": rng.uniform(-self.brightness, self.brightness)}
 
     @staticmethod
     def apply(sample, params):
-        """The sample stretched and lifted."""
+        """The `sample` stretched and lifted, by the numbers in `params`."""
         import cv2
         flat = sample.image.reshape(-1, sample.image.shape[-1])
         mean, sd = (float(v[0, 0]) for v in cv2.meanStdDev(flat))
         lift = mean * (1 - params["gain"]) + params["lift"] * sd
         return _changed(sample, (flat * np.float32(params["gain"]) + np.float32(lift)).reshape(sample.image.shape))
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #d29a0ddf
 @dataclass(frozen=True)
 class Cutout(Transform):
     """Fill rectangles with one value; mask and boxes stay, for the network shall look elsewhere.
@@ -280,7 +280,7 @@ class Cutout(Transform):
             raise ConfigError(f"Cutout: fill is {self.fill!r}", remedy='give "mean" or a number')
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Lower and upper corners in voxels."""
+        """Lower and upper corners in voxels, drawn from `rng` for `shape` and `spacing_mm`."""
         d, boxes = len(shape), []
         for _ in range(self.count):
             size = rng.uniform(*self.size_mm, d) / spacing_mm
@@ -290,14 +290,14 @@ class Cutout(Transform):
 
     @staticmethod
     def apply(sample, params):
-        """The sample with holes."""
+        """The `sample` with holes, by the numbers in `params`."""
         image = sample.image.copy()
         value = float(sample.image.mean(dtype=np.float64)) if params["fill"] == "mean" else params["fill"]
         for low, high in params["boxes"]:
             image[tuple(slice(a, b) for a, b in zip(low, high))] = value
         return _changed(sample, image)
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #d2cb28b9
+# %% ../../nbs/data/07c_augment_grey.ipynb #f8ea2feb
 @dataclass(frozen=True)
 class LowResolution(Transform):
     """As if scanned with larger voxels: averaged to a coarser grid, then interpolated back.
@@ -329,7 +329,7 @@ class LowResolution(Transform):
             raise ConfigError(f"LowResolution: axes is {self.axes!r}", remedy='use letters of "zyx"')
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """The coarser shape."""
+        """The coarser shape, drawn from `rng` for `shape` and `spacing_mm`."""
         target = rng.uniform(*self.spacing_mm)
         names = "zyx"[-len(shape):]
         return {"coarse": [max(1, round(n * min(1, mm / target))) if name in self.axes else n
@@ -337,7 +337,7 @@ class LowResolution(Transform):
 
     @staticmethod
     def apply(sample, params):
-        """The sample with less detail."""
+        """The `sample` with less detail, by the numbers in `params`."""
         import cv2
         coarse, shape, image = params["coarse"], sample.shape, sample.image
         if len(shape) == 2:
@@ -363,13 +363,13 @@ def _down(n, coarse):
     overlap = np.minimum(edges[1:, None], voxels + 1) - np.maximum(edges[:-1, None], voxels)
     return (np.maximum(overlap, 0) * coarse / n).astype(np.float32)
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #bca51e3a
 def _up(coarse, n):
     """(n, coarse) weights of linear interpolation between the middles of the stretches."""
     at = np.clip((np.arange(n) + 0.5) * coarse / n - 0.5, 0, coarse - 1)
     return np.maximum(1 - abs(at[:, None] - np.arange(coarse)), 0).astype(np.float32)
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #79fb81a1
+# %% ../../nbs/data/07c_augment_grey.ipynb #8916f0b5
 @dataclass(frozen=True)
 class BiasField(Transform):
     """Multiply by exp of a random polynomial of third order: coil shading of MR.
@@ -396,13 +396,13 @@ class BiasField(Transform):
         _ranges(self, strength=(0, 3), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Coefficients of the powers z, y, x with a sum from 1 to 3."""
+        """Coefficients of the powers z, y, x with a sum from 1 to 3, drawn from `rng` for `shape` and `spacing_mm`."""
         powers = [p for p in np.ndindex(*[4] * len(shape)) if 0 < sum(p) <= 3]
         return {"powers": [list(p) for p in powers], "coefficients": rng.uniform(-self.strength, self.strength, len(powers)).tolist()}
 
     @staticmethod
     def apply(sample, params):
-        """The sample shaded."""
+        """The `sample` shaded, by the numbers in `params`."""
         coarse = [np.linspace(-1, 1, min(n, 16)) for n in sample.shape]
         tables = [np.stack([axis**k for k in range(4)]) for axis in coarse]
         field = np.zeros([len(axis) for axis in coarse])
@@ -427,7 +427,7 @@ def _between(n, coarse):
     at = np.linspace(0, coarse - 1, n)
     return np.maximum(1 - abs(at[:, None] - np.arange(coarse)), 0).astype(np.float32)
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #3fdda62b
 @dataclass(frozen=True)
 class Ghosting(Transform):
     """Faint copies along the phase direction, as from periodic motion in MR.
@@ -461,12 +461,12 @@ class Ghosting(Transform):
             raise ConfigError(f"Ghosting: axis is {self.axis!r}", remedy='use "y", "x" or "z"')
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Period and strength."""
+        """Period and strength, drawn from `rng` for `shape` and `spacing_mm`."""
         return {"period": int(rng.integers(self.ghosts[0], self.ghosts[1] + 1)), "strength": rng.uniform(*self.strength), "axis": self.axis}
 
     @staticmethod
     def apply(sample, params):
-        """The sample with ghosts; magnitude image, as a scanner shows it."""
+        """The `sample` with ghosts; magnitude image, as a scanner shows it, by the numbers in `params`."""
         axis = "zyx"[-len(sample.shape):].index(params["axis"])
         shift = round(sample.shape[axis] / params["period"])
         copies = np.roll(sample.image, shift, axis)
@@ -475,7 +475,7 @@ class Ghosting(Transform):
         copies += sample.image
         return _changed(sample, np.abs(copies, out=copies) if sample.image.min() >= 0 else copies)
 
-
+# %% ../../nbs/data/07c_augment_grey.ipynb #0222bdcd
 @dataclass(frozen=True)
 class Spike(Transform):
     """One wrong frequency: a plane wave over each slice, as from a spark in an MR scanner.
@@ -504,20 +504,20 @@ class Spike(Transform):
         _ranges(self, strength=(0, 10), cycles=(0, 1e4), p=(0, 1))
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """Amplitude, frequency (y, x) and phase."""
+        """Amplitude, frequency (y, x) and phase, drawn from `rng` for `shape` and `spacing_mm`."""
         cycles = rng.integers(self.cycles[0], self.cycles[1] + 1, 2) * rng.choice([-1, 1], 2)
         return {"amplitude": rng.uniform(*self.strength), "cycles": cycles.tolist(), "phase": rng.uniform(0, 2 * np.pi)}
 
     @staticmethod
     def apply(sample, params):
-        """The sample under a wave."""
+        """The `sample` under a wave, by the numbers in `params`."""
         y, x = (2 * np.pi * c * np.arange(n) / n for c, n in zip(params["cycles"], sample.shape[-2:]))
         y = y + params["phase"]
         wave = np.outer(np.cos(y), np.cos(x)) - np.outer(np.sin(y), np.sin(x))
         wave = (wave * params["amplitude"] * float(sample.image.std())).astype(np.float32)
         return _changed(sample, sample.image + (wave[..., None] if sample.image.ndim > len(sample.shape) else wave))
 
-# %% ../../nbs/data/07c_augment_grey.ipynb #19aab860
+# %% ../../nbs/data/07c_augment_grey.ipynb #b0a0f764
 @dataclass(frozen=True)
 class Dose(Transform):
     """A CT in HU as if taken with less dose: correlated noise, stronger behind more tissue.
@@ -552,18 +552,18 @@ class Dose(Transform):
         _ranges(self, dose=(1e-3, 1), reference_sd_hu=(0, 1000), p=(0, 1))
 
     def check(self, sample) -> None:
-        """Refuse an image that cannot be in HU."""
+        """Refuse an image that cannot be in HU (`sample`)."""
         if sample.image.ndim != len(sample.shape) or not sample.image.size or sample.image.min() > -500 and sample.image.max() <= 1:
             raise ConfigError("Dose needs a CT in HU", remedy="apply it before the values are scaled to [0, 1]")
 
     def draw(self, rng, shape, spacing_mm) -> dict:
-        """The dose, uniform in its logarithm, and the noise's seed."""
+        """The dose, uniform in its logarithm, and the noise's seed, drawn from `rng` for `shape` and `spacing_mm`."""
         dose = float(np.exp(rng.uniform(*np.log(self.dose))))
         return {"dose": dose, "seed": int(rng.integers(2**32)), "reference_sd_hu": self.reference_sd_hu}
 
     @staticmethod
     def apply(sample, params):
-        """The sample with the noise of a lower dose."""
+        """The `sample` with the noise of a lower dose, by the numbers in `params`."""
         hu = sample.image.reshape(-1, *sample.shape[-2:])
         thickness = sample.spacing_mm[0] if len(sample.shape) == 3 else 3.0
         amount = params["reference_sd_hu"] * np.sqrt((1 / params["dose"] - 1) * 3 / thickness)
