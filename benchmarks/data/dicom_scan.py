@@ -45,7 +45,7 @@ def make(folder):
     from pydicom.uid import generate_uid
 
     from medimg.data import phantom, phantom_dicom
-    made = phantom.thorax_phantom(1, shape=(4, 32, 32), spacing_mm=(3.0, 12.0, 12.0), nodules=0, dose=None)
+    made = phantom.thorax_phantom(1, shape=(8, 32, 32), spacing_mm=(3.0, 12.0, 12.0), nodules=0, dose=None)
     with tempfile.TemporaryDirectory() as place:
         ds = pydicom.dcmread(phantom_dicom.write_ct(getattr(made, "volume", made), place)[0])
     ds.PixelData = np.zeros(ds.Rows * ds.Columns, "int16").tobytes()
