@@ -155,7 +155,10 @@ def _whole(header, keyword, default, path):
     except DicomError as error:
         raise DicomError(error.what, path=path, remedy="export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #4f4d6e25
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #8f6e0eb4
+_JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
+
+
 def codestream_size(data: bytes):
     """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 codestream states, or None where none can be found.
 
@@ -198,7 +201,20 @@ def _jpeg_frame(data):
             at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
     return None
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #5ab3e5f7
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #8fe909d5
+def _reaches_scan(data):
+    """Whether the segments of a JPEG frame follow each other up to its scan; gdcm ends the program on some that do not."""
+    at = 2
+    while at + 16 <= len(data) and data[at] == 0xFF:
+        marker, size = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
+        if marker == 0xDA:
+            return True
+        if marker != 0xFF and (size < 2 or marker == 0xEE and data[at + 4:at + 9] == b"Adobe" and data[at + 15] > 2):
+            return False
+        at += 1 if marker == 0xFF else 2 + size
+    return False
+
+
 def _check_frames(header, shape, path):
     """The packed frames are as many and as large as the header says, before a decoder sees them."""
     from pydicom.encaps import generate_frames
@@ -209,6 +225,8 @@ def _check_frames(header, shape, path):
         size = codestream_size(frame)
         if size is None and str(header.file_meta.TransferSyntaxUID).startswith("1.2.840.10008.1.2.4."):
             raise DicomError(f"frame {found} holds no JPEG picture", path=path, remedy="export the file again")
+        if str(header.file_meta.TransferSyntaxUID) in _JPEG and not _reaches_scan(frame):
+            raise DicomError(f"frame {found} is a damaged JPEG", path=path, remedy="copy or export the file again")
         bits, *_, parts = _jpeg_frame(frame) or (1, 0, 0, samples)
         if parts != samples or bits > int(header.get("BitsAllocated") or 8):
             raise DicomError(f"frame {found} has {parts} samples of {bits} bits, against its header", path=path, remedy="export the file again")
@@ -219,14 +237,13 @@ def _check_frames(header, shape, path):
     if found < frames:
         raise DicomError(f"pixel data are truncated: {found} of {frames} frames", path=path, remedy="copy the file again")
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #2b62b62b
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #4e0e1a6b
 #: Decoders in the order of our trust; gdcm, which may end the process on a broken frame, only where no other is installed or able.
 _ORDER = {"1.2.840.10008.1.2.5": ("pylibjpeg", "pydicom"),
           **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (50, 51)), ("pillow", "pylibjpeg", "gdcm")),
           **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (57, 70)), ("gdcm", "pylibjpeg")),
           **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (80, 81)), ("pyjpegls", "gdcm")),
           **dict.fromkeys((f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)), ("pylibjpeg", "pillow", "gdcm"))}
-_JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70)}
 
 
 def decode(header, path=None) -> np.ndarray:
