@@ -16,7 +16,7 @@ SIZES, TURNS = (12, 32), (0, 1, 2, 3)
 NAMES = ("DOE^JANE", "Roe, Richard", "MUELLER ANNA", "Smith J. 1961", "PATEL^R", "Garcia M", "Nguyen T. V.", "OKAFOR", "Ivanova A", "Sato Yuki")
 
 
-def backgrounds(rng):
+def backgrounds(rng, film=None):
     """(name, image) pairs without end: stored values of real and made images, 2-D grey or RGB."""
     from pydicom import dcmread
     from pydicom.data import get_testdata_file
@@ -29,7 +29,8 @@ def backgrounds(rng):
     colour = [pixel_array(dcmread(get_testdata_file(f))) for f in ("examples_ybr_color.dcm", "examples_rgb_color.dcm", "SC_rgb_jpeg_gdcm.dcm")]
     colour = [a[0] if a.ndim == 4 else a for a in colour]
     colour = [a for a in colour if min(a.shape[:2]) >= 200]
-    film = radiograph(thorax_phantom(5, shape=(96, 160, 160), spacing_mm=(3.4, 2.2, 2.2)), size=768)[0].array[0]
+    if film is None:
+        film = radiograph(thorax_phantom(5, shape=(96, 160, 160), spacing_mm=(3.4, 2.2, 2.2)), size=768)[0].array[0]
     k = 0
     while True:
         kinds = [("flat", None), ("phantom radiograph", film)] + ([("thorax CT", slices[k % len(slices)])] * 2 if slices else []) \
@@ -113,11 +114,11 @@ def wilson(hits, n, z=1.959964):
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def measure(images=160, strings=4, seed=9, show=False):
+def measure(images=160, strings=4, seed=9, show=False, film=None):
     """Plant, clean, count: shares with intervals by group, and the area that images without text lose."""
     from medimg.data.deid_pixels import find_text, text_mask
     rng, rows, lost = np.random.default_rng(seed), [], []
-    source = backgrounds(rng)
+    source = backgrounds(rng, film)
     for k in range(images):
         kind, image = next(source)
         jpeg, turn = k % 3 == 2, (0, 0, 0, 1, 0, 2, 0, 3)[k // 2 % 8]
