@@ -182,7 +182,7 @@ def _strands(nodule, step, count=14):
     centre, length = np.array(nodule.centroid_mm[::-1]), radius + 5 + 4 * (k * 0.618 % 1)
     return beads((centre + 0.8 * radius * ray, centre + length[:, None] * ray, np.full(count, 1.8), np.full(count, 0.8)), step)
 
-# %% ../../nbs/data/03_phantom.ipynb #24dafb8f
+# %% ../../nbs/data/03_phantom.ipynb #e5f041d5
 def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int = 6) -> np.ndarray:
     """Noise of a filtered back-projection of `hu` at a dose.
 
@@ -192,7 +192,7 @@ def ct_noise(hu, spacing_mm, *, dose: float = 1.0, seed: int = 0, sectors: int =
         The noise-free image; axial, y and x of equal spacing.
     spacing_mm : (z, y, x), in mm
     dose : float
-        Relative to a usual chest CT: 1 gives an SD of 60 HU behind 300 mm of water at 3 mm slices, about 14 HU in the lungs.
+        Relative to a usual chest CT: 1 gives an SD of 60 HU behind 300 mm of water at 3 mm slices, about 20 HU in the lungs.
     seed : int
     sectors : int
         Directions of rays told apart.
