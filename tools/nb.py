@@ -183,7 +183,8 @@ def run(path, timeout=1200):
     except CellExecutionError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return False
-    used = [m for m in json.loads(probe.outputs[-1].text) if module_path(m) and m not in UNTRACKED]
+    said = "".join(o.text for o in probe.outputs if o.output_type == "stream" and o.name == "stdout")       # may come in pieces
+    used = [m for m in json.loads(said) if module_path(m) and m not in UNTRACKED]
     nb.cells.pop()
     nb.metadata["medimg"] = {"source_sha256": source_sha256(nb), "modules": {m: module_sha256(module_path(m)) for m in used}}
     write(nb, path)
