@@ -18,14 +18,15 @@ def run(folder):
         sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
 """
 D2N = """
-import os, dicom2nifti.common as common, dicom2nifti.compressed_dicom as compressed
+import os, dicom2nifti.common as common
+from pydicom import dcmread
 def run(folder):          # the first half of dicom2nifti.convert_directory: read headers, group by series
     series = {}
     for root, _, files in os.walk(folder):
         for name in files:
             path = os.path.join(root, name)
             if common.is_dicom_file(path):
-                header = compressed.read_file(path, defer_size="1 KB", stop_before_pixels=False, force=False)
+                header = dcmread(path, defer_size="1 KB", force=False)
                 if header.SeriesInstanceUID not in series:
                     series[header.SeriesInstanceUID] = []
                 series[header.SeriesInstanceUID].append(header)
