@@ -47,7 +47,7 @@ def scan(path: Annotated[list[Path], typer.Argument(help="Folders, DICOM files o
         text = "\n\n".join([text, *(f"{r!r}\npicture: {f['picture']}" for r, f in zip(reports, facts["quality"]))])
     _say(facts, text, as_json)
 
-# %% ../nbs/foundations/cli.ipynb #3e1630b6
+# %% ../nbs/foundations/cli.ipynb #422cafbe
 @app.command()
 def read(path: Annotated[Path, typer.Argument(help="A folder, file or .zip with one series, or NIfTI.")],
          series: Annotated[str | None, typer.Option(help="Series UID, its ending, or its number in scan, such as #1.")] = None,
@@ -86,7 +86,7 @@ def _read_text(volume, facts):
     lines += [f"{f['severity']}: {f['text']}" for f in facts["findings"]] + [f"wrote {p}" for p in facts.get("written", ())]
     return "\n".join(map(printable, lines))
 
-
+# %% ../nbs/foundations/cli.ipynb #37451bbc
 def _spare_input(path, out, name):
     """Refuse to write over what is read."""
     for target in (out / f"{name}{ending}" for ending in (".png", ".nii.gz", "-regularized.nii.gz")):

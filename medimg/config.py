@@ -118,7 +118,7 @@ def find_data(name: str, *, max_depth: int = 4) -> Path | None:
             level = sorted(c for d in level if os.access(d, os.R_OK) for c in d.iterdir() if c.is_dir() and not c.is_symlink())
     return None
 
-# %% ../nbs/foundations/config.ipynb #98a2c956
+# %% ../nbs/foundations/config.ipynb #9332b875
 @contextlib.contextmanager
 def atomic_path(path):
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
@@ -164,7 +164,7 @@ def atomic_path(path):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
-
+# %% ../nbs/foundations/config.ipynb #7fd63d96
 def _write_error(error, path, tmp):
     """What a user can do about an error of the disk or of the folder; any other error as it came."""
     remedies = {errno.ENOSPC: "free some space or write elsewhere", errno.EDQUOT: "free some of your quota or write elsewhere",

@@ -35,7 +35,7 @@ def printable(text) -> str:
     """
     return str(text).translate({**_STEERING, **_SPACES}).encode("utf-8", "replace").decode()
 
-# %% ../nbs/foundations/errors.ipynb #8a224838
+# %% ../nbs/foundations/errors.ipynb #e36c5cb5
 class MedimgError(Exception):
     """Base of every error that medimg raises on purpose.
 
@@ -58,7 +58,8 @@ class MedimgError(Exception):
         self.what, self.path, self.remedy = what, None if path is None else str(path), remedy
         where = f"{self.path}: " if self.path else ""
         then = f"; {remedy}" if remedy else ""
-        super().__init__(" ".join(printable(f"{where}{what}{then}").split()))
+        text = " ".join(printable(f"{where}{what}{then}").split())
+        super().__init__(text if len(text) <= 400 else f"{text[:280]} … {text[-110:]}")       # a file may hold a name of a megabyte
 
     def __reduce__(self):
         return _rebuild, (type(self), self.what, self.path, self.remedy)

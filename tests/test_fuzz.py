@@ -16,10 +16,6 @@ import fuzz  # noqa: E402  (tools/fuzz.py)
 from medimg.errors import DicomError, MedimgError, printable  # noqa: E402
 
 MUTANTS = 5000
-#: (parser, fault) found and not mended yet, with what mends it; printed by the test.
-KNOWN = {("Preprocessor", "untyped"): "from_json lets RecursionError through for JSON nested 1,000 deep",
-         ("peek", "untyped"): "Header.get lets pydicom's BytesLengthException through",
-         ("*", "message"): "a message repeats thousands of characters of the file; MedimgError must shorten"}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +29,7 @@ def test_five_thousand_mutants_give_a_result_or_a_typed_error(artefacts):
     found = fuzz.hunt(mutants=MUTANTS, out=artefacts / "fuzz")
     total = sum(found["counts"].values())
     print("\n".join(f"{n:>6}  {name}" for name, n in found["counts"].items()), f"\n{total} mutants in {found['seconds']} s; slowest {found['slowest']}", sep="\n")
-    known = [f for f in found["faults"] if (f["parser"], f["fault"]) in KNOWN or ("*", f["fault"]) in KNOWN]
-    print(f"{len(known)} of known faults:", *sorted({f"{f['parser']} {f['fault']}" for f in known}), sep="\n  ")
-    new = [f for f in found["faults"] if f not in known]
-    assert not new, "\n".join(map(str, new[:20]))
+    assert not found["faults"], "\n".join(map(str, found["faults"][:20]))
     assert total == MUTANTS
     parsers = {name.split(":")[0] for name in found["counts"]}
     assert len(parsers) >= 15, parsers
@@ -75,7 +68,14 @@ def test_elements_are_those_of_pydicom():
     assert ours == [int(e.tag) for e in ds.file_meta] + [int(e.tag) for e in ds]
 
 
-@pytest.mark.parametrize("raised, verdict", [(None, "read"), (DicomError("bad"), "refused"), (ValueError("x"), "untyped"), (DicomError("x" * 500), "message"),
+class Talkative(DicomError):
+    """An error that does not shorten its message."""
+
+    def __str__(self):
+        return "x" * 500
+
+
+@pytest.mark.parametrize("raised, verdict", [(None, "read"), (DicomError("bad"), "refused"), (ValueError("x"), "untyped"), (Talkative("x"), "message"),
                                              (RecursionError(), "untyped"), (MemoryError(), "untyped")])
 def test_the_judge_tells_good_from_bad(raised, verdict):
     def parser(path):
@@ -137,11 +137,11 @@ def test_any_bytes_at_all(readers, raw, prefix):
             path.write_bytes(prefix + raw)
             for name, function in dict(functions).items():
                 verdict, said = fuzz.judge(function, path)
-                assert verdict in ("read", "refused") or (name, verdict) in KNOWN, (kind, name, said)
+                assert verdict in ("read", "refused"), (kind, name, said)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(max_size=300), st.text(max_size=80), st.text(max_size=80))
 def test_a_message_is_one_printable_line_whatever_was_in_the_file(what, path, remedy):
     said = str(MedimgError(what, path=path, remedy=remedy))
-    assert len(said.splitlines()) <= 1 and printable(said) == said == said.encode().decode()
+    assert len(said) <= 400 and len(said.splitlines()) <= 1 and printable(said) == said == said.encode().decode()

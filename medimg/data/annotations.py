@@ -90,7 +90,7 @@ class StructureSet(tuple):
     def __repr__(self):
         return "\n".join([f"StructureSet {self.label!r} of series …{self.series_uid[-8:]}", *(f"  {s!r}" for s in self)])
 
-# %% ../../nbs/data/05_annotations.ipynb #398e6fd9
+# %% ../../nbs/data/05_annotations.ipynb #8c4e3365
 def read_rtstruct(path) -> StructureSet:
     """The structures of an RT Structure Set file.
 
@@ -146,7 +146,7 @@ def _header(path):
     except Exception as error:                       # pydicom raises many kinds on malformed bytes
         raise NotDicom(f"cannot be read as DICOM ({type(error).__name__})", path=path, remedy="check the file and copy it again") from error
 
-
+# %% ../../nbs/data/05_annotations.ipynb #beec3f18
 def _structures(ds):
     kinds = {int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType") or "") for o in ds.get("RTROIObservationsSequence") or ()}
     drawn = {int(r.ReferencedROINumber): r for r in ds.get("ROIContourSequence") or ()}
@@ -182,7 +182,7 @@ def _structure(roi, drawn, kinds):
     return Structure(str(roi.get("ROIName") or f"ROI {number}"), tuple(c.reshape(-1, 3) for c in contours if c.size), number,
                      color if len(color) == 3 else (255, 0, 0), kinds.get(number, ""), closed)
 
-# %% ../../nbs/data/05_annotations.ipynb #ab4d78d1
+# %% ../../nbs/data/05_annotations.ipynb #f8677616
 def structure_mask(structure: Structure, grid: Volume, *, fine: int = 3) -> np.ndarray:
     """The share of each voxel that a structure covers.
 
@@ -238,7 +238,7 @@ def _index(grid, points):
     at[:, 0] = np.interp(at[:, 0], ends, np.arange(len(ends)) - 1.0)
     return at
 
-
+# %% ../../nbs/data/05_annotations.ipynb #40331a6b
 def _planes(contours):
     """{z index: polygons} when every contour lies in a plane of constant z, else None."""
     planes = {}
@@ -310,7 +310,7 @@ def _own_grid(structure, step):
     affine[:3, 3] = axes.T @ (local[:, 0].min() - step, local[:, 1].min() - step, heights[0] - gap)
     return Volume(np.zeros(shape, bool), affine)
 
-# %% ../../nbs/data/05_annotations.ipynb #e70b0dde
+# %% ../../nbs/data/05_annotations.ipynb #0ef3248e
 def write_rtstruct(masks: dict, source, path, *, label: str = "medimg", kinds: dict | None = None) -> Path:
     """Write masks as an RT Structure Set that belongs to a DICOM series.
 
@@ -341,6 +341,16 @@ def write_rtstruct(masks: dict, source, path, *, label: str = "medimg", kinds: d
     References
     ----------
     DICOM PS3.3 A.19, C.8.8.5, C.8.8.6; keyholes: C.8.8.6.3.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> from medimg.data.phantom_dicom import write_ct
+    >>> case, folder = thorax_phantom(0, shape=(8, 32, 32), spacing_mm=(30, 10, 10), nodules=0), Path(tempfile.mkdtemp())
+    >>> _ = write_ct(case.volume, folder / "ct")
+    >>> read_rtstruct(write_rtstruct({"body": case.volume.array > -300}, folder / "ct", folder / "rs.dcm")).names
+    ['body']
     """
     from medimg.data.dicom import Series, read, scan
     if not isinstance(source, Series):
@@ -377,7 +387,7 @@ def _uid(*parts):
     digest = hashlib.sha256("/".join(map(str, ("medimg", *parts))).encode()).hexdigest()
     return f"2.25.{uuid.UUID(hex=digest[:32], version=4).int}"
 
-# %% ../../nbs/data/05_annotations.ipynb #c069459a
+# %% ../../nbs/data/05_annotations.ipynb #e3d688d9
 def _structure_set(headers, series, label, masks):
     """The file without its structures: patient, study, series, equipment and what it refers to."""
     import zlib
@@ -406,7 +416,7 @@ def _structure_set(headers, series, label, masks):
     ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian      # explicit VR holds at most 64 kB of contour data (PS3.5 7.1.2)
     return ds
 
-
+# %% ../../nbs/data/05_annotations.ipynb #79921e59
 def _add_roi(ds, number, name, mask, volume, headers, kind):
     """One structure: name, outlines, meaning."""
     from medimg.plots import COLOURS

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_ROWS', 'MAX_BYTES', 'Box', 'box_of', 'box_mask', 'box_iou', 'read_boxes']
 
-# %% ../../nbs/data/05b_boxes.ipynb #0fc859ce
+# %% ../../nbs/data/05b_boxes.ipynb #cddda81b
 import csv
 import re
 from dataclasses import dataclass, replace
@@ -61,7 +61,7 @@ class Box:
 
     @property
     def area(self) -> float:
-        """In pixels."""
+        """The area in pixels."""
         return float((self.y1 - self.y0) * (self.x1 - self.x0))
 
     def scaled(self, size):
@@ -140,7 +140,7 @@ def box_iou(a, b) -> np.ndarray:
     areas = [(v[:, 2:] - v[:, :2]).prod(-1) for v in (a, b)]
     return both / np.maximum(areas[0][:, None] + areas[1][None] - both, 1e-12)
 
-# %% ../../nbs/data/05b_boxes.ipynb #712a46d3
+# %% ../../nbs/data/05b_boxes.ipynb #c44a0e14
 _NAMES = {"image": ("image index", "image", "image_id", "filename", "file", "patientid", "path", "sopinstanceuid"),
           "label": ("finding label", "label", "class", "class_name", "target", "finding"),
           "x0": ("x", "bbox [x", "x0", "x1", "xmin", "x_min", "left"), "y0": ("y", "y0", "y1", "ymin", "y_min", "top"),
@@ -191,7 +191,7 @@ def read_boxes(path, *, size=None) -> dict:
         raise DatasetError(f"{len(bad)} rows cannot be used ({'; '.join(bad[:5])})", path=path, remedy="mend or remove these rows")
     return boxes
 
-
+# %% ../../nbs/data/05b_boxes.ipynb #e4aded92
 def _rows(path):
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -223,7 +223,7 @@ def _columns(header, path):
         raise DatasetError(f"no column for {', '.join(missing)} among {', '.join(header[:12])}", path=path, remedy="name the columns image, x, y, width, height, label")
     return found
 
-
+# %% ../../nbs/data/05b_boxes.ipynb #0832dfa1
 def _box_of_row(row, columns, size):
     cells = {key: row[k].strip() for key, k in columns.items()}
     if not cells["image"]:

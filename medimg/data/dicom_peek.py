@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KEPT', 'MAX_HEADER_BYTES', 'Header', 'peek']
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #ddc65b51
+# %% ../../nbs/data/02e_dicom_peek.ipynb #a912816f
 import os
 import struct
 import warnings
 from functools import lru_cache
 
-from ..errors import DicomError
+from ..errors import DicomError, MedimgError
 
 _TABLE = """
 00080005 CS SpecificCharacterSet, 00080008 CS ImageType, 00080016 UI SOPClassUID, 00080018 UI SOPInstanceUID, 00080021 DA SeriesDate, 00080022 DA AcquisitionDate,
@@ -36,7 +36,11 @@ _WANTED = {int(tag[:4], 16) | int(tag[4:], 16) << 16: (keyword, vr.encode()) for
 #: Headers larger than this are left to pydicom.
 MAX_HEADER_BYTES = 16 << 20
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #fcd83506
+# %% ../../nbs/data/02e_dicom_peek.ipynb #aca97127
+class _Undecodable(DicomError, ValueError):
+    """A value that is not what its representation promises."""
+
+
 class Header:
     """The kept elements of one file, decoded when asked for; `get`, `in` and attributes work as on a pydicom Dataset.
 
@@ -65,7 +69,15 @@ class Header:
         self._full = None
 
     def get(self, keyword, default=None):
-        """The value of the element `keyword`, or `default`; ValueError when it cannot be decoded."""
+        """The value of the element `keyword`, or `default`; a DicomError, which is a ValueError too, when it cannot be decoded."""
+        try:
+            return self._get(keyword, default)
+        except MedimgError:
+            raise
+        except Exception as error:                       # pydicom raises many kinds on malformed values
+            raise _Undecodable(f"{keyword} cannot be decoded ({type(error).__name__})", path=self.filename, remedy="export the file again") from error
+
+    def _get(self, keyword, default):
         raw = self.raw.get(keyword)
         if raw is None:
             return default if keyword in KEPT else self.full().get(keyword, default)
@@ -248,7 +260,7 @@ def _walk(source, path):
         place = end
     return Header(path, raw, syntax, span)
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #3df6a3ed
+# %% ../../nbs/data/02e_dicom_peek.ipynb #88a0b509
 class _Slow(Header):
     """A header that pydicom read."""
 
@@ -258,7 +270,7 @@ class _Slow(Header):
         super().__init__(path, {}, str(getattr(dataset.file_meta, "TransferSyntaxUID", "")))
         self._full = dataset
 
-    def get(self, keyword, default=None):
+    def _get(self, keyword, default):
         with warnings.catch_warnings():                  # pydicom warns of each odd value; a fault becomes an error where it matters
             warnings.simplefilter("ignore")
             value = self._full.get(keyword, default)

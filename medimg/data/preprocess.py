@@ -283,12 +283,12 @@ def _checked_value(step, key, value, rule):
         raise ConfigError(f"{step}: {key} is {value!r}", remedy=f"give {'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
     return kind(value)
 
-# %% ../../nbs/data/06_preprocess.ipynb #e1ace9e3
+# %% ../../nbs/data/06_preprocess.ipynb #a4875f97
 def _steps_of(text):
     try:
         document = json.loads(text) if isinstance(text, (str, bytes)) else text
         version, steps = document["schema_version"], document["steps"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"not a preprocessing recipe ({type(error).__name__})", remedy="use the text of Preprocessor.to_json") from error
     if version != 1 or not isinstance(steps, list):
         raise ConfigError(f"preprocessing schema version {version!r}", remedy="this medimg reads version 1: update it, or export again")

@@ -55,7 +55,7 @@ def segment_code(name: str) -> tuple:
         return SEGMENT_CODES[found[0]]
     raise ConfigError(f"no code for a segment called {name!r}", remedy=f"{nearest(name, SEGMENT_CODES)}; or give codes={{name: (category, type)}}")
 
-# %% ../../nbs/data/05c_segmentations.ipynb #4c9f3d39
+# %% ../../nbs/data/05c_segmentations.ipynb #483fa4d4
 def write_seg(masks: dict, source, path, *, codes: dict | None = None, algorithm: tuple | None = None) -> Path:
     """Write masks as a DICOM Segmentation that belongs to an image series.
 
@@ -88,6 +88,17 @@ def write_seg(masks: dict, source, path, *, codes: dict | None = None, algorithm
     References
     ----------
     DICOM PS3.3 A.51, C.8.20.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> from medimg.data.phantom_dicom import write_ct
+    >>> case, folder = thorax_phantom(0, shape=(8, 32, 32), spacing_mm=(30, 10, 10), nodules=0), Path(tempfile.mkdtemp())
+    >>> _ = write_ct(case.volume, folder / "ct")
+    >>> path = write_seg({"lung": case.volume.array < -700}, folder / "ct", folder / "seg.dcm")
+    >>> path.name
+    'seg.dcm'
     """
     hd = _highdicom()
     series = _one_series(source)
@@ -113,7 +124,7 @@ def write_seg(masks: dict, source, path, *, codes: dict | None = None, algorithm
         ds.save_as(tmp)
     return Path(path)
 
-# %% ../../nbs/data/05c_segmentations.ipynb #43dae01d
+# %% ../../nbs/data/05c_segmentations.ipynb #0f5ab684
 def _highdicom():
     try:
         import highdicom
@@ -143,7 +154,7 @@ def _header(path, pixels=False):
     except Exception as error:                       # pydicom raises many kinds on malformed bytes
         raise NotDicom(f"cannot be read as DICOM ({type(error).__name__})", path=path, remedy="check the file and copy it again") from error
 
-
+# %% ../../nbs/data/05c_segmentations.ipynb #d7aa5eba
 def _complete(header):
     """Type 2 attributes may be empty but not absent (PS3.5 7.4.3); many files leave them out, and highdicom asks for them."""
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"):
@@ -170,7 +181,7 @@ def _description(hd, number, name, codes, algorithm):
         made = {"algorithm_type": "AUTOMATIC", "algorithm_identification": hd.AlgorithmIdentificationSequence(*algorithm[:1], family, algorithm[1])}
     return hd.seg.SegmentDescription(number, name, category, kind, tracking_uid=_uid("tracking", name), tracking_id=name, **made)
 
-# %% ../../nbs/data/05c_segmentations.ipynb #37ac7861
+# %% ../../nbs/data/05c_segmentations.ipynb #c127e355
 def read_seg(path, grid: Volume | None = None) -> dict:
     """The masks of a DICOM Segmentation.
 
@@ -191,6 +202,17 @@ def read_seg(path, grid: Volume | None = None) -> dict:
         When the file is no segmentation, damaged or too large.
     GeometryError
         When it has no regular grid of its own and none is given.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.data.phantom import thorax_phantom
+    >>> from medimg.data.phantom_dicom import write_ct
+    >>> case, folder = thorax_phantom(0, shape=(8, 32, 32), spacing_mm=(30, 10, 10), nodules=0), Path(tempfile.mkdtemp())
+    >>> _ = write_ct(case.volume, folder / "ct")
+    >>> path = write_seg({"lung": case.volume.array < -700}, folder / "ct", folder / "seg.dcm")
+    >>> read_seg(path, case.volume)["lung"].meta["code"]
+    ('39607008', 'SCT', 'Lung')
     """
     hd = _highdicom()
     ds = _header(path, pixels=True)
@@ -225,7 +247,7 @@ def _values(seg, frame):
     share = str(seg.SegmentationType) == "FRACTIONAL"
     return frame.astype(np.float32) / float(seg.get("MaximumFractionalValue") or 255) if share else frame.astype(bool)
 
-# %% ../../nbs/data/05c_segmentations.ipynb #0690992a
+# %% ../../nbs/data/05c_segmentations.ipynb #f4d7e091
 def _item(seg, k, name):
     """A functional group of frame k: its own, else the one shared by all."""
     own = seg.PerFrameFunctionalGroupsSequence[k]
@@ -250,7 +272,7 @@ def _frames_on(seg, grid):
         placed.append((int(_item(seg, k, "SegmentIdentificationSequence").ReferencedSegmentNumber), at))
     return placed
 
-
+# %% ../../nbs/data/05c_segmentations.ipynb #892fbc0a
 def _copied(seg, number, grid, placed):
     frames = seg.pixel_array.reshape(len(placed), *grid.shape[1:3])
     array = np.zeros(grid.shape[:3], np.float32 if str(seg.SegmentationType) == "FRACTIONAL" else bool)

@@ -56,9 +56,14 @@ class Study:
         """Hash of shape and grey values: equal pictures have equal hashes, whatever the file."""
         return hashlib.sha256(f"{self.image.shape}".encode() + np.ascontiguousarray(self.image).tobytes()).hexdigest()
 
-# %% ../../nbs/deployment/03b_intake.ipynb #d6e78020
+# %% ../../nbs/deployment/03b_intake.ipynb #03c48ada
 def decode_picture(source) -> tuple:
     """Display grey values (y, x) or colours (y, x, 3), uint8, of a picture file or of its bytes, and warnings.
+
+    Parameters
+    ----------
+    source : bytes, str or Path
+        The file, or its content.
 
     Returns
     -------
@@ -226,7 +231,7 @@ def _job(source, function, *args):
             raise DatasetError(f"cannot be read ({type(error).__name__})", path=source, remedy="copy or export the file again") from error
     return source, load
 
-# %% ../../nbs/deployment/03b_intake.ipynb #2ec25ccb
+# %% ../../nbs/deployment/03b_intake.ipynb #9198b768
 def _load_series(series):
     """A stack: its middle file is read alone, for the answer will be a refusal."""
     files = series.files
@@ -249,7 +254,7 @@ def _load_file(file):
 def _raise(error):
     raise error
 
-
+# %% ../../nbs/deployment/03b_intake.ipynb #019afdee
 def _dicom_jobs(group, labels):
     from medimg.data.dicom import scan
     place = _places(group[0], labels)
