@@ -665,7 +665,7 @@ def mip(self: Volume, axis: int = 0):
     affine[:3, axis] *= n
     return _moved(self, self.array.max(axis, keepdims=True), affine)
 
-# %% ../../nbs/data/01_volume.ipynb #df6b6781
+# %% ../../nbs/data/01_volume.ipynb #1fc57f31
 @patch
 def distance_mm(self: Volume, a, b) -> float:
     """Distance in mm between two voxels.
@@ -707,8 +707,8 @@ def volume_ml(self: Volume, mask=None) -> float:
 
     Examples
     --------
-    >>> Volume(np.zeros((9, 10, 10)), make_affine((10, 1, 1))).volume_ml(np.ones((9, 10, 10)))
-    9.0
+    >>> round(Volume(np.zeros((9, 10, 10)), make_affine((8, 1, 1))).volume_ml(np.ones((9, 10, 10))), 6)
+    7.2
     """
     mask = self.array if mask is None else np.asarray(mask)
     if mask.shape != self.shape[:3]:
