@@ -310,7 +310,7 @@ def _own_grid(structure, step):
     affine[:3, 3] = axes.T @ (local[:, 0].min() - step, local[:, 1].min() - step, heights[0] - gap)
     return Volume(np.zeros(shape, bool), affine)
 
-# %% ../../nbs/data/05_annotations.ipynb #0ef3248e
+# %% ../../nbs/data/05_annotations.ipynb #f5cedb16
 def write_rtstruct(masks: dict, source, path, *, label: str = "medimg", kinds: dict | None = None) -> Path:
     """Write masks as an RT Structure Set that belongs to a DICOM series.
 
@@ -364,7 +364,7 @@ def write_rtstruct(masks: dict, source, path, *, label: str = "medimg", kinds: d
     for name, mask in masks.items():
         if np.shape(mask) != volume.shape[:3]:
             raise GeometryError(f"mask {name!r} has the shape {np.shape(mask)}, the series {volume.shape[:3]}", path=path, remedy="resample the mask to the series")
-    ds = _structure_set(headers, source, label, masks)
+    ds = _structure_set(headers, source, label, masks, kinds)
     for number, (name, mask) in enumerate(masks.items(), 1):
         _add_roi(ds, number, name, mask, volume, headers, (kinds or {}).get(name, ""))
     with atomic_path(path) as tmp:
@@ -387,8 +387,8 @@ def _uid(*parts):
     digest = hashlib.sha256("/".join(map(str, ("medimg", *parts))).encode()).hexdigest()
     return f"2.25.{uuid.UUID(hex=digest[:32], version=4).int}"
 
-# %% ../../nbs/data/05_annotations.ipynb #e3d688d9
-def _structure_set(headers, series, label, masks):
+# %% ../../nbs/data/05_annotations.ipynb #1bb4f033
+def _structure_set(headers, series, label, masks, kinds):
     """The file without its structures: patient, study, series, equipment and what it refers to."""
     import zlib
     from pydicom.dataset import FileMetaDataset
@@ -396,7 +396,7 @@ def _structure_set(headers, series, label, masks):
     first, frame = headers[0], str(headers[0].get("FrameOfReferenceUID") or "")
     if not frame:
         raise DicomError("the images have no frame of reference (0020,0052)", path=series.files[0], remedy="structures can be drawn only on images with positions")
-    content = [(name, zlib.crc32(np.ascontiguousarray(mask).tobytes())) for name, mask in masks.items()]
+    content = [(name, (kinds or {}).get(name, ""), zlib.crc32(np.ascontiguousarray(mask).tobytes())) for name, mask in masks.items()]
     kept = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
             "ReferringPhysicianName", "SpecificCharacterSet", "PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence")
     ds = _item(**{k: "" for k in kept[:10] if k != "StudyInstanceUID"})

@@ -286,7 +286,7 @@ def _contiguous(array):
         return cv2.flip(back.reshape(-1, width), -1).reshape(array.shape)
     return cv2.flip(np.ascontiguousarray(array[..., ::-1]).reshape(-1, width), 1).reshape(array.shape)
 
-# %% ../../nbs/data/07_augment.ipynb #e228f659
+# %% ../../nbs/data/07_augment.ipynb #dc877435
 def _warp_flat(sample, warp):
     """(y, x[, c]) image and mask through OpenCV."""
     import cv2
@@ -307,7 +307,8 @@ def _warp_flat(sample, warp):
     image = move(sample.image, cv2.INTER_LINEAR, edge if warp.fill == "edge" else filled).reshape(*warp.shape, *sample.image.shape[2:])
     if sample.mask is None:
         return image, None
-    labels = sample.mask if sample.mask.dtype in (np.uint8, np.int16, np.uint16) else sample.mask.astype(np.int16)
+    whole = np.int16 if sample.mask.size == 0 or (sample.mask.min() >= -32768 and sample.mask.max() <= 32767) else np.float32      # exact to 2**24
+    labels = sample.mask if sample.mask.dtype in (np.uint8, np.int16, np.uint16) else sample.mask.astype(whole)
     filled["borderValue"] = 0
     return image, move(labels, cv2.INTER_NEAREST, edge if warp.fill == "edge" else filled).astype(sample.mask.dtype, copy=False)
 
@@ -483,7 +484,7 @@ def _ranges(owner, **limits):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ConfigError(f"{type(owner).__name__}: {name} is {value!r}", remedy=f"give a number from {low:g} to {high:g}")
 
-# %% ../../nbs/data/07_augment.ipynb #d38e11d0
+# %% ../../nbs/data/07_augment.ipynb #d4a0f38c
 @dataclass(frozen=True)
 class Flip(Transform):
     """Mirror along axes, each with its own chance.
@@ -549,7 +550,7 @@ class Flip(Transform):
         for axis in params["axes"]:
             matrix[axis, axis], matrix[axis, d] = -1, shape[axis] - 1
         sides = params["follow"] and d - 1 in params["axes"]
-        return Warp(matrix, tuple(shape), mirror=sides, swap=tuple(map(tuple, params["swap"])) if sides else ())
+        return Warp(matrix, tuple(shape), mirror=sides, swap=tuple(map(tuple, params["swap"])) if sides else (), min_visible=0.0)
 
 # %% ../../nbs/data/07_augment.ipynb #754c66ec
 def _left_right(sample):

@@ -79,7 +79,7 @@ def polygon_cover(points, shape) -> np.ndarray:
     np.add.at(sums, (row, pixel + 1), fall * (column - pixel))
     return np.clip(np.abs(sums[:, :-1].cumsum(axis=1)), 0, 1)
 
-# %% ../../nbs/data/05a_contours.ipynb #6df541b4
+# %% ../../nbs/data/05a_contours.ipynb #0111401b
 def is_inside(point, polygon) -> bool:
     """Whether a point lies inside a polygon (even-odd rule).
 
@@ -124,7 +124,8 @@ def slice_cover(polygons, shape) -> np.ndarray:
     >>> float(slice_cover(ring, (6, 6)).sum())
     12.0
     """
-    polygons, total = [np.asarray(p, float) for p in polygons], np.zeros(shape)
+    once = {np.unique(p, axis=0).tobytes(): p for p in (np.asarray(p, float) for p in polygons)}        # one exported twice counts once
+    polygons, total = list(once.values()), np.zeros(shape)
     for polygon, depth in zip(polygons, _depths(polygons)):
         low = np.clip(np.floor(polygon.min(0)).astype(int), 0, shape)              # only the box round the outline has to be filled
         high = np.clip(np.ceil(polygon.max(0)).astype(int) + 1, low, shape)
@@ -138,9 +139,10 @@ def _around(polygons):
     """For each outline, the others that it lies in."""
     if not polygons:
         return []
-    low, high, first = (np.array([f(p) for p in polygons]) for f in (lambda p: p.min(0), lambda p: p.max(0), lambda p: p[0]))
-    near = ((first[:, None] >= low) & (first[:, None] <= high)).all(-1)
-    return [[j for j in np.flatnonzero(row) if j != k and is_inside(polygons[k][0], polygons[j])] for k, row in enumerate(near)]
+    low, high = (np.array([f(p) for p in polygons]) for f in (lambda p: p.min(0), lambda p: p.max(0)))
+    near = ((low[:, None] >= low) & (high[:, None] <= high)).all(-1)
+    return [[j for j in np.flatnonzero(row) if j != k and _area(polygons[k]) < _area(polygons[j])
+             and np.mean([is_inside(p, polygons[j]) for p in polygons[k]]) >= 0.95] for k, row in enumerate(near)]
 
 
 def _depths(polygons):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_id', 'ImageDataset', 'select', 'load_dataset', 'facts', 'drop_shared', 'split_by_patient']
 
-# %% ../../nbs/data/04_datasets.ipynb #19d31854
+# %% ../../nbs/data/04_datasets.ipynb #0b5de1c9
 import contextlib
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ import numpy as np
 from ..config import atomic_path, cache_dir, sha256_of
 from .downloads import _DAMAGE, Located, _shown, fetch, find_dataset, read_npz, verify_file  # noqa: F401  (some for callers)
 from .registry import REGISTRY, SPLITS, TASKS, DatasetInfo, dataset_info  # noqa: F401
-from ..errors import ChecksumError, ConfigError, DatasetError, nearest
+from ..errors import ChecksumError, ConfigError, DatasetError, MedimgError, nearest
 
 
 def image_id(image) -> str:
@@ -40,7 +40,7 @@ def image_id(image) -> str:
     head = f"{image.shape}{image.dtype.str}".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/data/04_datasets.ipynb #9f5fed42
+# %% ../../nbs/data/04_datasets.ipynb #49e064d2
 _COLUMNS = ("images", "labels", "splits", "patient_ids", "masks", "boxes")
 
 
@@ -64,6 +64,8 @@ class _Rows:
         columns = {k: np.asarray(getattr(self, k)) for k in _COLUMNS if getattr(self, k) is not None}
         _check_columns(self, columns)
         columns["splits"] = columns["splits"].astype("<U5")
+        if "patient_ids" in columns:
+            columns["patient_ids"] = np.char.strip(columns["patient_ids"].astype(str))       # "P1 " is P1
         ids = _image_ids(columns["images"])
         order = _canonical_order(ids, columns)
         meta = {k: v[order] if _is_column(v, len(ids)) else v for k, v in self.meta.items()}
@@ -345,7 +347,7 @@ def _located(info, data):
         located = Located(path, _shown(path), verify_file(path, info))
     return located
 
-# %% ../../nbs/data/04_datasets.ipynb #f68550ba
+# %% ../../nbs/data/04_datasets.ipynb #49c55fe7
 def _phantom(info, n, seed):
     """Phantom radiographs in the image size of `info`; ordinal sets get grades by the size of the planted opacity."""
     from medimg.data.phantom import PHANTOM_VERSION
@@ -377,7 +379,7 @@ def _cohort(n, seed, size=64):
     except _DAMAGE:      # not made yet, or damaged: make it
         made = phantom.phantom_cxr(n, seed=seed, size=size, progress=sys.stderr.isatty())
     kept = {key: made[key] for key in ("images", "labels", "masks", "seeds", "splits", "patient_ids")}
-    with contextlib.suppress(OSError), atomic_path(path) as tmp:     # a full or read-only disk costs time, not the result
+    with contextlib.suppress(OSError, MedimgError), atomic_path(path) as tmp:     # a full or read-only disk costs time, not the result
         np.savez_compressed(tmp, **kept)
     return kept
 

@@ -389,7 +389,7 @@ def _tile_part(data, at):
         here += 2 + max(2, size)
     return bytes(part), end
 
-# %% ../../nbs/data/09c_hidden_bytes.ipynb #3dda14b4
+# %% ../../nbs/data/09c_hidden_bytes.ipynb #99a3f8c1
 def mask_bits(pixels, *, allocated: int, stored: int, high: int, signed: bool = False) -> tuple:
     """Pixel words with their unused bits cleared (signed: filled with the sign), and how many words changed.
 
@@ -409,6 +409,11 @@ def mask_bits(pixels, *, allocated: int, stored: int, high: int, signed: bool = 
     int
         Words that changed.
 
+    Raises
+    ------
+    DicomError
+        When the three numbers contradict each other, so that nobody can say which bits are the image's.
+
     References
     ----------
     DICOM PS3.5 8.1.1; PS3.3 C.9.2 (overlays in unused bits, retired).
@@ -418,8 +423,10 @@ def mask_bits(pixels, *, allocated: int, stored: int, high: int, signed: bool = 
     >>> mask_bits(b"\\xff\\xf3", allocated=16, stored=12, high=11)
     (b'\\xff\\x03', 1)
     """
-    if allocated not in (8, 16, 32) or not 0 < stored <= allocated or stored == allocated or not stored - 1 <= high < allocated:
+    if allocated not in (8, 16, 32) or (stored == allocated and high == allocated - 1):
         return pixels, 0
+    if not 0 < stored <= allocated or not stored - 1 <= high < allocated:
+        raise DicomError(f"{stored} bits stored up to bit {high} of {allocated} contradict each other", remedy="export the file again")
     words = np.frombuffer(pixels, f"<{'i' if signed else 'u'}{allocated // 8}")
     above, below = allocated - 1 - high, high + 1 - stored
     clean = (words << above) >> (above + below) << below

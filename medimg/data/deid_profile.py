@@ -104,7 +104,7 @@ def known_vr(tag: int) -> str:
     from pydicom.datadict import dictionary_has_tag, dictionary_VR
     return "" if tag >> 16 & 1 or not dictionary_has_tag(tag) else dictionary_VR(tag)
 
-# %% ../../nbs/data/09a_deid_profile.ipynb #655e042e
+# %% ../../nbs/data/09a_deid_profile.ipynb #2dd0b2af
 def make_policy(profile: str = "basic", options=(), *, noise_sd: float = 0.0, safe_private=None) -> Policy:
     """The table of PS3.15 with the chosen options applied.
 
@@ -150,6 +150,8 @@ def make_policy(profile: str = "basic", options=(), *, noise_sd: float = 0.0, sa
             chosen = {changed[o] for o in options if o in changed}
             actions[int(tag, 16)] = "K" if "K" in chosen else "C" if "C" in chosen else action.split("/")[-1][0]
     actions[0x00880200] = "X"                                   # Icon Image Sequence: a small picture of the pixels before they were cleaned
+    for tag in (0x00100033, 0x00100034, 0x00401006, 0x00401007, 0x00402006, 0x00402007):      # identifiers that the table leaves out
+        actions.setdefault(tag, "X")
     return Policy(options, float(noise_sd), safe, actions)
 
 
@@ -359,7 +361,7 @@ def shift_date(text: str, days: int) -> str:
         moved.append(shape[:max(4, min(8, len(digits)))] + digits[8:] + rest)
     return "\\".join(moved)
 
-# %% ../../nbs/data/09a_deid_profile.ipynb #a69b73bf
+# %% ../../nbs/data/09a_deid_profile.ipynb #0e5f3295
 _WORDS = """abdomen abdominal ac acute adc adult aorta aortic ap arm arterial artery axial axillary b0 b1000 b50 b500 b800 bone brain breast bright cardiac cerebral cervical chest child cm
  cor coronal coronary contrast cor cr cranial ct cta cube ctac cube delayed diffusion dixon dose dwi dx dynamic echo elbow emission enhanced epi exam exp expiration fast fat fdg femur fine flair foot
  frontal gated gradient gray grey hand head heart helical high hip hr hrct hu in inspiration ir iv kernel kidney knee ky kv lat lateral ld left leg les liver localiser localizer low lower lumbar lung lungs ma
@@ -404,4 +406,6 @@ def clean_text(text: str) -> str:
     'CT Thorax contrast lung 1.0 mm'
     """
     tokens = re.findall(r"[^\s,;:/()\[\]^_=\\+-]+", text)
-    return " ".join(t for t in tokens if t.lower() in allowed_words() or re.fullmatch(r"\d{1,3}(\.\d{1,2})?(mm|cm|ml|kv|ma|s)?", t, re.I))
+    unit = re.compile(r"mm|cm|ml|kv|ma|s", re.I)
+    sized = [re.fullmatch(r"\d{1,3}(\.\d{1,2})?(mm|cm|ml|kv|ma|s)", t + (n if unit.fullmatch(n) else ""), re.I) for t, n in zip(tokens, [*tokens[1:], ""])]
+    return " ".join(t for t, ok in zip(tokens, sized) if ok or t.lower() in allowed_words())

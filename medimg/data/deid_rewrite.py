@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'Rewritten', 'rewrite', 'sealed']
 
-# %% ../../nbs/data/09d_rewrite.ipynb #0a5ae7ca
+# %% ../../nbs/data/09d_rewrite.ipynb #a7d09804
 import re
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from .deid_bytes import PIXELS, Element, encode, mask_bits, parse, strip_jpeg, strip_jpeg2000
+from .deid_bytes import _WIDTH, PIXELS, Element, encode, mask_bits, parse, strip_jpeg, strip_jpeg2000
 from .deid_profile import Policy, Pseudonyms, clean_text, known_vr, shift_date, well_formed
 from ..errors import DicomError, UnsupportedTransferSyntax
 
@@ -33,7 +33,18 @@ def _text(value):
     """A string value up to its first NUL, which no DICOM text may contain; ISO 8859-1 keeps every byte."""
     return str(bytes(value), "latin-1").split("\0", 1)[0]
 
-# %% ../../nbs/data/09d_rewrite.ipynb #c789fe0a
+
+def _fits(tag, vr, size):
+    """Whether a binary value has the representation and, for a single number, the length that the dictionary prescribes."""
+    known, width = known_vr(tag), _WIDTH.get(vr[-2:], 1)
+    if known and vr != known and vr not in known.split(" or "):
+        return False
+    if vr[0] == "O" or " or O" in known:
+        return True
+    from pydicom.datadict import dictionary_VM
+    return size % width == 0 and not (known and dictionary_VM(tag) == "1" and size > width)
+
+# %% ../../nbs/data/09d_rewrite.ipynb #ff3f8898
 class _Letters:
     """What each letter does to one value; `names`, `patient`, `days` and `policy` come from the walk."""
 
@@ -49,7 +60,8 @@ class _Letters:
 
     def clean(self, tag, vr, value, mode):
         if vr in ("DA", "DT"):
-            return shift_date(_text(value), self.days).encode() if _text(value).strip() else b""
+            text = _text(value)
+            return shift_date(text, self.days).encode() if text.strip() and well_formed(vr, text) and well_formed(known_vr(tag), text) else b""
         if vr == "TM":
             return self.keep(tag, vr, value, "")
         return clean_text(_text(value)).encode() if vr in _WORDS else self.dummy(tag, vr, value, mode)
@@ -59,10 +71,10 @@ class _Letters:
             return self.dummy(tag, vr, value, mode)
         if mode == "C" and vr in _WORDS:
             return clean_text(_text(value)).encode() or b"REMOVED"
-        if vr == "UI" and tag not in self.policy.actions and known_vr(tag):
+        if "UI" in (vr, known_vr(tag)) and tag not in self.policy.actions and known_vr(tag):
             return value if tag in _VOCABULARY and well_formed("UI", _text(value)) else self.uids(tag, vr, value, mode)
         if vr not in _STRINGS:
-            return None if known_vr(tag) in _STRINGS else value
+            return value if _fits(tag, vr, len(value)) else None
         text, known = _text(value), known_vr(tag) or vr
         return text.encode("latin-1") if known in _STRINGS and well_formed(vr, text) and well_formed(known, text) else None
 
@@ -76,7 +88,7 @@ class _Letters:
         role = {_ACCESSION: "accession", _STUDY_ID: "study"}.get(tag)
         return self.names.name(role, own).encode() if role and own else None
 
-# %% ../../nbs/data/09d_rewrite.ipynb #a5ba171c
+# %% ../../nbs/data/09d_rewrite.ipynb #b1716100
 class _Choice(_Letters):
     """From an element and its letter to the element that is written."""
 
@@ -100,6 +112,8 @@ class _Choice(_Letters):
         """The letter for an attribute that the table leaves out, by its VR: names are emptied, dates follow the date options."""
         if vr == "PN":
             return "Z"
+        if vr in ("LT", "ST", "UT", "UR"):
+            return "C" if vr != "UR" and "clean-descriptors" in self.policy.options else "D"
         return {"UNMODIFIED": "K", "MODIFIED": "C"}.get(self.policy.dates, "Z") if vr in ("DA", "DT", "TM") else "K"
 
 # %% ../../nbs/data/09d_rewrite.ipynb #adb7b791
@@ -117,7 +131,7 @@ class _Private(_Choice):
                 return "K"
         return "X"
 
-# %% ../../nbs/data/09d_rewrite.ipynb #6607601b
+# %% ../../nbs/data/09d_rewrite.ipynb #00bb5164
 class _Walk(_Private):
     """One file's way through the policy: counts what was done, remembers whose file it is."""
 
@@ -133,7 +147,7 @@ class _Walk(_Private):
         for element in elements:
             tag = element.tag
             if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
-                creators[tag] = element
+                creators.setdefault(tag, element)
                 continue
             action = "X" if tag in seen or tag < 0x00080000 else self.safe(element, creators) if tag >> 16 & 1 else self.policy.action(tag)
             seen.add(tag)
@@ -143,7 +157,7 @@ class _Walk(_Private):
                 kept.append(changed)
                 if tag >> 16 & 1:
                     seen.add(tag & 0xFFFF0000 | (tag >> 8 & 0xFF))
-        return kept + [e for tag, e in creators.items() if tag in seen]
+        return kept + [Element(tag, "LO", _text(e.value).strip().encode("latin-1")) for tag, e in creators.items() if tag in seen]
 
 
 _IDENTITY = {_PATIENT_ID, _PATIENT_NAME, 0x00100030, 0x0020000D}
@@ -247,7 +261,7 @@ def _encapsulated(image, syntax):
     table = struct.pack(f"<{len(offsets)}I", *offsets) if at < 1 << 32 else b""
     return Element(image.pixels.tag, "OB", (table, *frames))
 
-# %% ../../nbs/data/09d_rewrite.ipynb #b85c8d19
+# %% ../../nbs/data/09d_rewrite.ipynb #b7eb0ad1
 def _decoded(data, image, edit, walk):
     """The pixels decoded, changed by `edit`, as native elements; colour comes out as RGB."""
     from io import BytesIO
@@ -258,7 +272,9 @@ def _decoded(data, image, edit, walk):
     try:
         header = pydicom.dcmread(BytesIO(data))
         frames = pixel_array(header, raw=edit is None)
-    except Exception as error:                          # the decoders raise many kinds
+    except BaseException as error:                      # the decoders raise many kinds; a Rust panic is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         raise DicomError(f"the pixels cannot be decoded ({type(error).__name__})", remedy="export it as Explicit VR Little Endian") from error
     frames = frames.reshape(image.frames, image.rows, image.columns, *([image.samples] if image.samples > 1 else []))
     if edit is not None:
@@ -270,7 +286,7 @@ def _decoded(data, image, edit, walk):
         made += [Element(0x00280006, "US", b"\0\0")] + ([] if edit is None else [Element(0x00280004, "CS", b"RGB")])
     return made
 
-# %% ../../nbs/data/09d_rewrite.ipynb #98b05b0e
+# %% ../../nbs/data/09d_rewrite.ipynb #78248911
 _CREATOR = b"MEDIMG DEID 1 "
 _MARK = b"\x49\x4d\x10\x00LO" + len(_CREATOR).to_bytes(2, "little") + _CREATOR + b"\x49\x4d\x01\x10OB\0\0\x20\0\0\0"
 _IMPLEMENTATION = "2.25.190411830253180943207953614092637145227"
@@ -339,15 +355,19 @@ def rewrite(data, names: Pseudonyms, policy: Policy, *, edit=None) -> Rewritten:
     if not uids[2] or not well_formed("UI", sop_class) or not sop_class:
         raise DicomError("no SOP class or instance UID", remedy="export the file again")
     whole = bytearray(b"".join([bytes(128), b"DICM", *_file_meta(sop_class, uids[2], syntax), *encode(made.values(), signed=image.signed)]))
+    if whole.count(_MARK) != 1:
+        raise DicomError("holds the bytes of a seal", remedy="leave the file out")
     at = whole.find(_MARK) + len(_MARK)
     whole[at:at + 32] = names.digest("seal", whole)
     return Rewritten(bytes(whole), walk.counts, walk.notes, walk.patient, uids)
 
-# %% ../../nbs/data/09d_rewrite.ipynb #b51619a7
+# %% ../../nbs/data/09d_rewrite.ipynb #3ee30efd
 def _pixels(parsed, image, walk, data, edit):
     """The elements that replace the pixels; the pixel element first."""
     if image.pixels is None:
         return []
+    if isinstance(image.pixels.value, list) or image.pixels.vr not in ("OB", "OW", "OF", "OD", "OB or OW", "UN"):
+        raise DicomError("pixel data with another value representation than pixels have", remedy="export the file again")
     compressed = isinstance(image.pixels.value, tuple)
     walk.counts["7fe00010", "K"] += 1
     if compressed and parsed.syntax == _RLE or edit is not None and image.allocated > 1 and image.pixels.tag == PIXELS[0]:

@@ -183,12 +183,13 @@ def _path(patient, uids):
     study, series, image = (sha256_of(uid.encode())[:n] for uid, n in zip(uids, (8, 8, 16)))
     return Path(patient, f"study-{study}", f"series-{series}", f"{image}.dcm")
 
-# %% ../../nbs/data/09_deidentify.ipynb #80bbbaa0
+# %% ../../nbs/data/09_deidentify.ipynb #0e686033
 class _Job:
     """One run over a folder: what the threads share."""
 
     def __init__(self, target, names, policy):
         self.target, self.names, self.policy = target, names, policy
+        self.flying = {}
         self.edit, self.lock = pixel_editor(policy, names), threading.Lock()
 
     def one(self, path):
@@ -206,18 +207,24 @@ class _Job:
 
     def store(self, place, data):
         """Write whole or not at all; an equal file is left, a different one under the same UID is refused."""
-        path = self.target / place
+        path, digest = self.target / place, sha256_of(data)
         with self.lock:
-            if path.exists():
-                if sha256_of(path) != sha256_of(data):
+            other = self.flying.get(path) or (sha256_of(path) if path.exists() else None)
+            if other is not None:
+                if other != digest:
                     raise DicomError("two different files have the same SOP Instance UID", remedy="find out which is right; the first one was released")
                 return place
+            self.flying[path] = digest
             path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as tmp:
-            tmp.write_bytes(data)
+        try:
+            with atomic_path(path) as tmp:
+                tmp.write_bytes(data)
+        finally:
+            with self.lock:
+                del self.flying[path]
         return place
 
-# %% ../../nbs/data/09_deidentify.ipynb #cf76e2be
+# %% ../../nbs/data/09_deidentify.ipynb #9ff28e5d
 class _Lines:
     """The lines of a journal: a head, sets of counts, finished files."""
 
@@ -240,13 +247,13 @@ class _Lines:
 
     def _read(self, head):
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        for n, line in enumerate(lines):
+        if lines and lines[0] != json.dumps(head):
+            raise ConfigError("the target was begun with another key or policy", path=self.path.parent, remedy="use the same, or give an empty folder")
+        for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if n == 0 and row != head:
-                raise ConfigError("the target was begun with another key or policy", path=self.path.parent, remedy="use the same, or give an empty folder")
             if "set" in row:
                 self.sets.append(Counter({(a, b): c for a, b, c in row["set"]}))
             elif "in" in row:

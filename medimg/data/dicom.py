@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_FILES', 'find_files', 'unzip', 'scan', 'read']
 
-# %% ../../nbs/data/02_dicom.ipynb #dc6145e7
+# %% ../../nbs/data/02_dicom.ipynb #8caaf60c
 import os
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .dicom_geometry import Finding, Geometry, stack_geometry  # noqa: F401
 from .dicom_load import load
 from .dicom_peek import peek
 from .dicom_pixels import MAX_DEFLATED_BYTES, MAX_IMAGE_BYTES, decode, read_header, read_pixels  # noqa: F401
-from .dicom_series import Series, SeriesTable, group_key, series_of
+from .dicom_series import Series, SeriesTable, _near, group_key, series_of
 from .dicom_units import apply_modality_lut, apply_voi, suv_factor, units_of, window_of, windows_of  # noqa: F401
 from .volume import Volume, make_affine
 from ..errors import DicomError, GeometryError, MedimgError
@@ -93,7 +93,7 @@ def _below(folder, files, left_out, limit):
             raise DicomError(f"more than {limit} files", path=folder, remedy="scan its sub-folders one by one")
         stack += reversed(deeper)
 
-# %% ../../nbs/data/02_dicom.ipynb #25b77c01
+# %% ../../nbs/data/02_dicom.ipynb #eb7ff806
 def unzip(path, *, max_files: int = 20_000, max_bytes: int = 16 << 30) -> Path:
     """Unpack a zip archive into a temporary folder that is removed at exit.
 
@@ -121,6 +121,7 @@ def unzip(path, *, max_files: int = 20_000, max_bytes: int = 16 << 30) -> Path:
     medimg.errors.DicomError: absent.zip: not a readable zip archive (FileNotFoundError); copy it again
     """
     import atexit
+    import lzma
     import shutil
     import tempfile
     import zipfile
@@ -136,11 +137,11 @@ def unzip(path, *, max_files: int = 20_000, max_bytes: int = 16 << 30) -> Path:
             for number, member in enumerate(members):
                 with archive.open(member) as source, open(folder / f"{number:06d}.dcm", "wb") as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OSError, lzma.LZMAError) as error:
         raise DicomError(f"not a readable zip archive ({type(error).__name__})", path=path, remedy="copy it again") from error
     return folder
 
-# %% ../../nbs/data/02_dicom.ipynb #0035f96f
+# %% ../../nbs/data/02_dicom.ipynb #7387f086
 def scan(path, *, progress: bool = True, threads: int | None = None) -> SeriesTable:
     """List the series below a folder, in a file or in a zip archive, from their headers alone.
 
@@ -170,11 +171,13 @@ def scan(path, *, progress: bool = True, threads: int | None = None) -> SeriesTa
     (1, 128, 128)
     """
     files, skipped = find_files(path)
-    groups = defaultdict(list)
+    groups, known = defaultdict(list), defaultdict(list)
     for file, key, entry in _tracked(_looked_at(files, threads), len(files), progress):
         if key is None:
             skipped.append((file, entry))
         else:
+            alike = known[(*key[:5], key[6], key[8])]
+            key = next((k for k in alike if _near((k[5], k[7]), (key[5], key[7]))), None) or alike.append(key) or key
             groups[key].append(entry)
     table = SeriesTable()
     for _, group in sorted(groups.items(), key=lambda item: str(item[0])):
@@ -233,7 +236,7 @@ def _tracked(items, total, progress):
     from rich.progress import track
     return track(items, total=total, description="reading headers", console=Console(stderr=True, force_jupyter=False), transient=True)
 
-# %% ../../nbs/data/02_dicom.ipynb #079f7373
+# %% ../../nbs/data/02_dicom.ipynb #6480f72f
 def read(source, *, series_uid: str | None = None, untilt: bool = False, resample: bool = False, isolate: bool = False, progress: bool = False):
     """One series, or one radiograph, as a Volume: order, unit, grey sense and geometry taken from the files.
 
@@ -275,7 +278,7 @@ def read(source, *, series_uid: str | None = None, untilt: bool = False, resampl
     if not series.is_image:
         raise DicomError(f"holds no image ({series.modality})", path=Path(series.files[0]), remedy="choose an image series")
     for finding in series.findings:
-        if finding.code in ("duplicate", "bent", "no-position"):
+        if finding.code in ("duplicate", "bent", "no-position", "some-rescale"):
             raise GeometryError(finding.text, path=Path(series.files[0]).parent, remedy="choose the files of one acquisition, or ask for the series again")
     headers = series.headers or tuple(peek(f) for f in series.files)
     array = _guarded(lambda: load(headers, series.picks, rescale=series.rescale, isolate=isolate), series.files[0])
@@ -294,12 +297,12 @@ def _choose(table, series_uid, source):
     what = f"{len(fits)} image series to choose from ({names})" if fits else f"no image series that fits ({names})"
     raise DicomError(what, path=source if isinstance(source, (str, Path)) else None, remedy="name one with series_uid (--series): its number, such as #1, or the end of its UID")
 
-# %% ../../nbs/data/02_dicom.ipynb #e5693eb6
+# %% ../../nbs/data/02_dicom.ipynb #47619fbb
 def _volumes(series, headers, array):
     """One Volume for each time."""
     affine, places = _placed(series)
     files = [i for i, _ in series.picks] if series.picks else range(len(headers))
-    units, shared, z = _units(series, headers[0]), _meta(series, headers[0]), series.shape[0]
+    units, shared, z = _units(series, headers[0]), _meta(series, headers[0], headers), series.shape[0]
     volumes = []
     for t in range(series.times):
         mine = [headers[i] for i in dict.fromkeys(files[t * z:(t + 1) * z])]
@@ -322,8 +325,8 @@ def _units(series, header):
         return {"HU": "HU", "": "HU"}.get(rescale_type(header).upper(), "raw")
     return units_of(header)
 
-# %% ../../nbs/data/02_dicom.ipynb #6f64daec
-def _meta(series, header):
+# %% ../../nbs/data/02_dicom.ipynb #8a94f227
+def _meta(series, header, headers):
     age = str(header.get("PatientAge") or "")
     years = {"Y": 1, "M": 1 / 12, "W": 1 / 52.18, "D": 1 / 365.25}.get(age[-1:], 0) * int(age[:-1]) if age[:-1].isdigit() else None
     known = next((k for k in ("PixelSpacing", "ImagerPixelSpacing") if header.get(k)), None)
@@ -335,7 +338,11 @@ def _meta(series, header):
             "photometric": str(header.get("PhotometricInterpretation") or ""), "lossy": str(header.get("LossyImageCompression") or "00") == "01",
             "spacing_source": known or ("PixelMeasures" if series.rescale or series.picks else None), "window": window_of(header),
             "windows": [tuple(w) for w in windows_of(header)], "findings": [vars(f) for f in series.findings],
-            **({"suv_factor": _suv(header)} if series.modality == "PT" else {})}
+            **({"suv_factor": _suv(min(headers, key=_acquired))} if series.modality == "PT" else {})}
+
+
+def _acquired(header):
+    return str(header.get("AcquisitionDate") or header.get("SeriesDate") or ""), str(header.get("AcquisitionTime") or "")
 
 
 def _suv(header):

@@ -6,12 +6,13 @@
 __all__ = ['MAX_FRAMES', 'Plane', 'functional_planes', 'rescale_type', 'csa_header', 'is_mosaic', 'mosaic_planes', 'cut_mosaic',
            'planes_of']
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #2683a61a
+# %% ../../nbs/data/02g_dicom_frames.ipynb #7ab480a8
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from .dicom_units import rescale_of
 from ..errors import DicomError
 
 #: More frames than this in one file are refused.
@@ -271,7 +272,7 @@ def cut_mosaic(image, n: int) -> np.ndarray:
     rows, columns = image.shape[0] // side, image.shape[1] // side
     return image.reshape(side, rows, side, columns).swapaxes(1, 2).reshape(side * side, rows, columns)[:n]
 
-# %% ../../nbs/data/02g_dicom_frames.ipynb #9d8c9afc
+# %% ../../nbs/data/02g_dicom_frames.ipynb #08fbc32a
 def planes_of(header) -> tuple:
     """The pictures in a file of any kind.
 
@@ -316,9 +317,16 @@ def planes_of(header) -> tuple:
     thick = float(header.get("SliceThickness") or 0) or None
     spacing = _floats(header.get("PixelSpacing"), 2) or _floats(header.get("ImagerPixelSpacing"), 2)
     spacing = spacing if spacing and min(spacing) > 0 else None
-    rescale = (float(header.get("DoseGridScaling") or 1), 0.0) if header.get("Modality") == "RTDOSE" else None
+    rescale = rescale_of(header) if header.get("Modality") == "RTDOSE" and all(size) else None
     if n == 1:
         return [Plane(0, position, orientation, spacing, rescale, None, thick)], size
+    if "RECON TOMO" in _many(header.get("ImageType")):                                # PS3.3 C.8.4.11 and C.8.4.15: the first slice's place is the detector's
+        detector, order = (header.get("DetectorInformationSequence") or [{}])[0], _many(header.get("SliceVector")) or range(1, n + 1)
+        first, facing = (_floats(detector.get(k), m) for k, m in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6)))
+        step = float(header.get("SpacingBetweenSlices") or thick or 0)
+        if first and facing and step and sorted(order) == list(range(1, n + 1)):
+            normal = np.cross(facing[:3], facing[3:]) * step
+            return [Plane(k, tuple((first + normal * (s - 1)).tolist()), facing, spacing, rescale, None, thick) for k, s in enumerate(order)], size
     offsets = _many(header.get("GridFrameOffsetVector"))
     if len(offsets) == n and position and orientation:
         normal, along = np.cross(orientation[:3], orientation[3:]), np.array(offsets, float)

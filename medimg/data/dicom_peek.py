@@ -101,7 +101,7 @@ class Header:
             self._full = read_header(self.filename)
         return self._full
 
-# %% ../../nbs/data/02e_dicom_peek.ipynb #e76c185d
+# %% ../../nbs/data/02e_dicom_peek.ipynb #5be24a35
 _IMPLICIT, _EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 
 
@@ -114,11 +114,21 @@ def _value(vr, raw, charset):
         return values[0] if len(values) == 1 else values or None
     text = (raw.decode("ascii") if raw.isascii() else _foreign(raw, charset)).rstrip(" \0")
     if vr in ("DS", "IS"):
-        kind = float if vr == "DS" else int
+        kind = float if vr == "DS" else _integer
         values = tuple(kind(p) if p.strip() else None for p in text.split("\\"))
     else:
         values = tuple(p.strip(" ") if vr == "CS" else p.rstrip(" ") for p in text.split("\\"))
     return values if len(values) > 1 else values[0]
+
+
+def _integer(text):
+    """`1.0` is no IS, yet written; pydicom reads it as well."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
 
 
 def _foreign(raw, charset):

@@ -69,18 +69,18 @@ def read_header(path, *, pixels: bool = False):
     except Exception as error:                       # pydicom raises many kinds on malformed bytes
         raise DicomError(f"the header cannot be read ({type(error).__name__})", path=path, remedy="copy or export the file again") from error
 
-# %% ../../nbs/data/02a_dicom_pixels.ipynb #17b6fd6f
+# %% ../../nbs/data/02a_dicom_pixels.ipynb #c129f1e0
 def _check_deflated(path):
     """Refuse a Deflated file (PS3.5 A.5) that unfolds to more than an image may hold, before pydicom unfolds it at once."""
     import zlib
 
     from pydicom.filereader import read_file_meta_info
     with open(path, "rb") as file:
-        head = file.read(1024)
-        if b"1.2.840.10008.1.2.1.99" not in head:
+        if file.read(132)[128:] != b"DICM":
             return
-        file.seek(0)
         meta = read_file_meta_info(path)
+        if str(meta.get("TransferSyntaxUID", "")) != "1.2.840.10008.1.2.1.99":
+            return
         file.seek(132 + 12 + int(meta.get("FileMetaInformationGroupLength", 0)))
         unfold, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while piece := file.read(1 << 16):

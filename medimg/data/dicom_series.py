@@ -87,7 +87,7 @@ class SeriesTable(list):
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
         return "\n".join([*lines, f"{len(self)} series, {len(self.skipped)} files skipped"])
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #13920d50
+# %% ../../nbs/data/02i_dicom_series.ipynb #c6f8f3e2
 def group_key(header, planes, size) -> tuple:
     """What all images of one stack have in common; images with different keys go to different rows.
 
@@ -116,6 +116,11 @@ def group_key(header, planes, size) -> tuple:
     orientation, spacing = first.orientation and _rounded(first.orientation, 3), first.spacing_mm and _rounded(first.spacing_mm, 5)
     return (str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", "")), str(header.get("Modality", "")), size,
             int(header.get("SamplesPerPixel") or 1), orientation or (), is_localizer(header), spacing or (), str(header.get("FrameOfReferenceUID", "")))
+
+
+def _near(one, other):
+    """Whether two (orientation, spacing) are one within what exporters round."""
+    return all(len(a) == len(b) and all(abs(x - y) <= t for x, y in zip(a, b)) for a, b, t in zip(one, other, (1.5e-3, 2e-5)))
 
 
 @lru_cache(4096)
@@ -160,7 +165,7 @@ def _labels(members, headers):
 def _plain(value):
     return "\\".join(map(str, value)) if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue" else value
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #d04dbb98
+# %% ../../nbs/data/02i_dicom_series.ipynb #94e9426a
 def _stacks(members, headers, distances):
     """[(facts that set it apart, [members of time 1, members of time 2, …])] of pictures that share a key."""
     parts = split_repeated(distances, _labels(members, headers)) if repeated(distances) else [({}, list(range(len(members))))]
@@ -170,14 +175,14 @@ def _stacks(members, headers, distances):
         rows.setdefault(tuple(other.items()), []).append((facts, indices))
     found = []
     for other, times in rows.items():
-        places = [np.sort(distances[indices]) for _, indices in times]
-        if all(len(p) == len(places[0]) and np.allclose(p, places[0], atol=0.05) for p in places):
+        places = [np.array([members[i][1].position for i in sorted(indices, key=distances.__getitem__)]) for _, indices in times]
+        if all(len(p) == len(places[0]) and np.allclose(p, places[0], rtol=0, atol=0.05) for p in places):
             found.append((dict(other), [[members[i] for i in indices] for _, indices in times]))
         else:                                       # times that do not cover the same places are stacks of their own
             found += [(facts, [[members[i] for i in indices]]) for facts, indices in times]
     return found
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #e3108534
+# %% ../../nbs/data/02i_dicom_series.ipynb #cbccb97f
 def series_of(group) -> list:
     """The rows that a group of files with one key makes.
 
@@ -214,7 +219,8 @@ def series_of(group) -> list:
     members = [(i, plane) for i, (_, _, planes, _) in enumerate(group) for plane in planes]
     views = {}
     for i, plane in members:
-        views.setdefault((plane.orientation and _rounded(plane.orientation, 3), plane.spacing_mm), []).append((i, plane))
+        view = (plane.orientation or (), plane.spacing_mm or ())
+        views.setdefault(next((v for v in views if _near(v, view)), view), []).append((i, plane))
     rows = [row for view in views.values() for row in _rows(view, group, facts, size)]
     extra = [Finding("copy", "info", f"copies of other files (same SOP Instance UID), left out: {copies}")] if copies else []
     extra += [Finding("localizer", "info", "a scout view, not a stack to measure in")] if is_localizer(header) else []
@@ -225,12 +231,13 @@ def _without_copies(group):
     seen, kept = set(), []
     for entry in group:
         uid = str(entry[1].get("SOPInstanceUID") or "")
-        if not uid or uid not in seen:
+        same = (uid, tuple(p.position for p in entry[2]), *(entry[1].get(k) for k in ("InstanceNumber", "TemporalPositionIdentifier", "AcquisitionTime", "ContentTime")))
+        if not uid or same not in seen:
             kept.append(entry)
-        seen.add(uid)
+        seen.add(same)
     return kept, len(group) - len(kept)
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #ca4801f9
+# %% ../../nbs/data/02i_dicom_series.ipynb #c7ed670c
 def _rows(members, group, facts, size):
     """Series of the pictures of one orientation and spacing."""
     headers = [h for _, h, *_ in group]
@@ -247,6 +254,9 @@ def _rows(members, group, facts, size):
         if len(stacks) > 1:
             said = ", ".join(f"{k} {printable(v)}" for k, v in other.items()) or "time"
             findings.append(Finding("split", "info", f"one of {len(stacks)} stacks in the same places: {said}"))
+        scaled = {p.rescale is not None or any(k in headers[i] for k in ("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence")) for i, p in ordered}
+        if len(scaled) > 1:
+            findings.append(Finding("some-rescale", "error", "some slices have a modality LUT and others none: their numbers have no common unit"))
         findings += _order_findings([headers[i] for i, _ in ordered]) if len(times) == 1 else []
         step = float(np.linalg.norm(geometry.affine[:3, 0])) if geometry.regular else None
         row = _filed(ordered, group, facts, shape=(len(times[0]), *size), spacing_mm=(step, *(plane.spacing_mm or (1.0, 1.0))), geometry=geometry, times=len(times))

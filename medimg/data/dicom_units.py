@@ -89,7 +89,7 @@ def stored_range(header) -> tuple:
         raise DicomError(f"Bits Stored is {bits}", path=_name(header), remedy="ask for the series again")
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #190319ff
+# %% ../../nbs/data/02f_dicom_units.ipynb #8284c147
 def look_up(values, item) -> np.ndarray:
     """Values through one LUT item: LUT Descriptor (0028,3002) and LUT Data (0028,3006).
 
@@ -122,7 +122,7 @@ def look_up(values, item) -> np.ndarray:
     try:
         entries, first, bits = (int(v) for v in item.LUTDescriptor)
         data = item.LUTData
-        table = np.frombuffer(data, "<u2" if bits > 8 or len(data) >= 2 * entries else "u1") if isinstance(data, bytes) else np.array(data, "uint16").ravel()
+        table = np.frombuffer(data, (">u2" if getattr(item, "original_encoding", (None, None))[1] is False else "<u2") if bits > 8 or len(data) >= 2 * entries else "u1") if isinstance(data, bytes) else np.array(data, "uint16").ravel()
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise DicomError("a look-up table cannot be read", path=_name(item), remedy="ask for the series again") from error
     entries = entries or 1 << 16
@@ -131,7 +131,7 @@ def look_up(values, item) -> np.ndarray:
     index = np.clip(np.asarray(values).astype("int64", copy=False) - first, 0, entries - 1)
     return table[:entries].astype("uint16")[index]
 
-# %% ../../nbs/data/02f_dicom_units.ipynb #6ed11f75
+# %% ../../nbs/data/02f_dicom_units.ipynb #5e2b221f
 def rescale_of(header) -> tuple:
     """(slope, intercept) of the modality LUT; (1, 0) where the file has none.
 
@@ -154,7 +154,8 @@ def rescale_of(header) -> tuple:
     >>> rescale_of(Dataset())
     (1.0, 0.0)
     """
-    slope, intercept = number_of(header, "RescaleSlope", 1.0), number_of(header, "RescaleIntercept", 0.0)
+    dose = _get(header, "Modality") == "RTDOSE"
+    slope, intercept = (number_of(header, "DoseGridScaling"), 0.0) if dose else (number_of(header, "RescaleSlope", 1.0), number_of(header, "RescaleIntercept", 0.0))
     if slope == 0:
         raise DicomError("Rescale Slope is 0, so every voxel would be equal", path=_name(header), remedy="ask for the series again")
     return slope, intercept

@@ -389,7 +389,7 @@ def extract(archive, folder, *, max_bytes: int = 1 << 34, max_files: int = 1_000
 _DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, ArithmeticError, SyntaxError,
            struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 
-# %% ../../nbs/data/04b_downloads.ipynb #a501318b
+# %% ../../nbs/data/04b_downloads.ipynb #8af65e8b
 def _safe_name(name, archive):
     pure = PurePosixPath(name.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or ":" in name or "\0" in name or not pure.parts or len(name) > 1000:
@@ -399,7 +399,9 @@ def _safe_name(name, archive):
 
 def _members(archive):
     """(name, open stream) of every plain file; links and devices are refused, folders passed over."""
-    if zipfile.is_zipfile(archive):
+    with open(archive, "rb") as head:
+        is_zip = head.read(2) == b"PK"           # a tar may end in a zip, which is_zipfile would take for the whole
+    if is_zip and zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             for entry in file.infolist():
                 if stat.S_ISLNK(entry.external_attr >> 16):

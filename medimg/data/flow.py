@@ -73,8 +73,8 @@ def balanced_order(ids, labels, *, seed: int = 0, epoch: int = 0, shares=None) -
     mixed = epoch_order([f"{int(i, 16) ^ int(r):x}" for i, r in zip(np.asarray(ids)[rows], repeats)], seed=seed, epoch=epoch)
     return rows[mixed], repeats[mixed]
 
-# %% ../../nbs/data/08b_flow.ipynb #e9e22127
-CACHE_VERSION = 1
+# %% ../../nbs/data/08b_flow.ipynb #ea7549c2
+CACHE_VERSION = 2
 
 
 def cache_key(source, preprocessor) -> str:
@@ -160,7 +160,7 @@ def _sweep(folder):
         except PermissionError:
             pass
 
-# %% ../../nbs/data/08b_flow.ipynb #80f9d9a4
+# %% ../../nbs/data/08b_flow.ipynb #501b2b98
 @dataclass(eq=False)
 class Flow:
     """Batches from a source, equal for every number of workers.
@@ -216,6 +216,8 @@ class Flow:
             raise ConfigError(f"batch_size {self.batch_size}, workers {self.workers}, target {self.target}",
                               remedy="give 1 or more, 0 or more, and label, mask or boxes")
         self.augment = self.augment if callable(self.augment) else as_augment(self.augment)
+        if "boxes" in self.target and self.cache not in (None, "memory"):
+            raise ConfigError("boxes are not kept on disk", remedy="use cache='memory', or none")
         self.order(0)
         _ = self.cache is None or cache_key(self.source, self.preprocessor)
 
@@ -293,7 +295,7 @@ def _preprocessed(preprocessor, sample, target):
                           remedy="give a function sample -> sample that moves them too")
     return {**sample, "image": made}
 
-# %% ../../nbs/data/08b_flow.ipynb #17b20c9a
+# %% ../../nbs/data/08b_flow.ipynb #463fe6fe
 def _augmented(flow, sample, name, rng, epoch, repeat):
     if flow.augment is None or callable(flow.augment):
         return sample if flow.augment is None else flow.augment(sample, rng)
@@ -314,7 +316,7 @@ def _fill(flow):
         if kept is not None:
             flow._kept = kept
             return
-    samples = _in_order(work, range(n), flow.workers)
+    samples = _alike(_in_order(work, range(n), flow.workers))
     if folder is not None:
         _store(folder, samples, n)
         flow._kept = _stored(folder)
@@ -326,6 +328,20 @@ def _fill(flow):
     if len(shapes) > 1:
         raise ConfigError(f"prepared samples differ in shape ({sorted(shapes)[:2]})", remedy="let the preprocessor resize to one size")
     flow._kept = {**(flow._kept or {}), **{p: np.stack([s[p] for s in samples]) for p in ("image", "mask", "spacing_mm", "affine") if p in samples[0]}}
+    for values in flow._kept.values():
+        for array in values if isinstance(values, list) else [values]:
+            array.flags.writeable = False           # an augmentation that works in place must not change what is kept
+
+
+def _alike(samples):
+    """The same samples, refused when only some of them have a mask."""
+    first = None
+    for sample in samples:
+        have = {"mask", "boxes", "spacing_mm", "affine"} & set(sample)
+        first = have if first is None else first
+        if have != first:
+            raise ConfigError(f"some samples have {', '.join(sorted(have ^ first))} and some have not", remedy="leave those out, or cache nothing")
+        yield sample
 
 # %% ../../nbs/data/08b_flow.ipynb #bd71af2b
 def _in_order(function, items, workers, deterministic=True):

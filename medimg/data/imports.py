@@ -333,7 +333,7 @@ def _contradictions(loaded, placed, names):
             bad.append((file, f"the same picture as {first}, which is in another class"))
     return bad
 
-# %% ../../nbs/data/04c_imports.ipynb #cd455fb4
+# %% ../../nbs/data/04c_imports.ipynb #6cac7a8b
 def _dataset(root, name, loaded, labels, *, classes, people, folds, fractions=(0.7, 0.1, 0.2), task=None, meta=None, boxes=None):
     """The ImageDataset of what was read; folds by patient, or by near-copies where a patient is not known."""
     images, notes = _stack(loaded, root), list(_notes(loaded))
@@ -344,23 +344,25 @@ def _dataset(root, name, loaded, labels, *, classes, people, folds, fractions=(0
     elif known:
         splits = split_by_patient(people, labels if labels.ndim == 1 else np.nan_to_num(labels), fractions=fractions, quiet=True)
     else:
-        groups = _groups(images, root)
+        groups = _groups(images, root, people)
         splits = split_by_patient(groups, labels if labels.ndim == 1 else np.nan_to_num(labels), fractions=fractions, quiet=True)
-        notes.append("no patient ids: near-copies are kept in one fold, and intervals by image are too narrow")
+        missing = sum(p is None or not str(p).strip() for p in people)
+        notes.append(f"{missing} of {len(people)} images have no patient id: near-copies are kept in one fold too, and intervals by image are too narrow")
     facts = {"files": np.array([file for file, _ in loaded]), "notes": tuple(notes), **(meta or {})}
     return ImageDataset(name or Path(root).resolve().name, images, labels, splits, task or ("binary" if len(classes) == 2 else "multiclass"), classes,
                         np.array(people, dtype=str) if known else None, source="imported by you", meta=facts, boxes=boxes)
 
 
-def _groups(images, root):
-    """For each image the id of the first of its near-copies; refused when most images are alike."""
-    from medimg.data.leaks import near_duplicate_groups
-    groups = near_duplicate_groups(images)
+def _groups(images, root, people):
+    """For each image the id of the first of its near-copies, and of its patient where one is known; refused when most images are alike."""
+    from medimg.data.leaks import connect, near_duplicate_groups
+    groups, first = near_duplicate_groups(images), {}
     largest = int(np.unique(groups, return_counts=True)[1].max())
     if largest > max(10, len(images) // 2):
         raise DatasetError(f"no patient ids, and {largest} of {len(images)} images are too alike to be told apart", path=root,
                            remedy="give the patients, or folders train, val and test")
-    return [image_id(images[g]) for g in groups]
+    same = [(k, first.setdefault(str(p).strip(), k)) for k, p in enumerate(people) if p is not None and str(p).strip()]
+    return [image_id(images[g]) for g in connect(len(images), [*enumerate(groups.tolist()), *same])]
 
 # %% ../../nbs/data/04c_imports.ipynb #2767ce17
 #: Columns that may name a DICOM image, from the most exact to the least.

@@ -96,7 +96,7 @@ def _targets(dataset, classes, mapping):
         raise DatasetError(f"none of {', '.join(dataset.classes)} fits {', '.join(classes)}", remedy="give mapping={class of the source: wanted name}")
     return target
 
-# %% ../../nbs/data/04h_labels.ipynb #bf03511a
+# %% ../../nbs/data/04h_labels.ipynb #3cde5cd6
 def merge(datasets, *, name: str = "merged") -> ImageDataset:
     """Several data sets of the same image size and classes as one.
 
@@ -132,9 +132,13 @@ def merge(datasets, *, name: str = "merged") -> ImageDataset:
     columns = {k: np.concatenate([getattr(d, k) for d in datasets]) for k in ("images", "labels", "splits")}
     if all(d.masks is not None for d in datasets):
         columns["masks"] = np.concatenate([d.masks for d in datasets])
-    first = datasets[0]
+    from medimg.data.splits import groups_of
+    first, unknown = datasets[0], [d.name for d in datasets if d.patient_ids is None]
+    meta = {"origin": np.repeat([d.name for d in datasets], [len(d) for d in datasets])}
+    if unknown:        # their groups are near-copies, not patients
+        meta["interval"] = "image-level"
     return ImageDataset(name, **columns, task=first.task, classes=first.classes,
-                        patient_ids=np.concatenate([[f"{d.name}/{g}" for g in d.groups] for d in datasets]),
+                        patient_ids=np.concatenate([[f"{d.name}/{g}" for g in groups_of(d)] for d in datasets]),
                         licence="; ".join(sorted({f"{d.name}: {d.licence or 'not stated'}" for d in datasets})),
                         citation="; ".join(dict.fromkeys(d.citation for d in datasets if d.citation)), source=" + ".join(d.source for d in datasets),
-                        meta={"origin": np.repeat([d.name for d in datasets], [len(d) for d in datasets])})
+                        meta=meta)

@@ -55,7 +55,7 @@ def segment_code(name: str) -> tuple:
         return SEGMENT_CODES[found[0]]
     raise ConfigError(f"no code for a segment called {name!r}", remedy=f"{nearest(name, SEGMENT_CODES)}; or give codes={{name: (category, type)}}")
 
-# %% ../../nbs/data/05c_segmentations.ipynb #483fa4d4
+# %% ../../nbs/data/05c_segmentations.ipynb #f895edae
 def write_seg(masks: dict, source, path, *, codes: dict | None = None, algorithm: tuple | None = None) -> Path:
     """Write masks as a DICOM Segmentation that belongs to an image series.
 
@@ -115,7 +115,7 @@ def write_seg(masks: dict, source, path, *, codes: dict | None = None, algorithm
     try:
         ds = hd.seg.Segmentation(
             headers, np.clip(pixels, 0, 1), "FRACTIONAL" if fractional else "BINARY", descriptions,
-            series_instance_uid=_uid(series.series_uid, *masks), series_number=98, sop_instance_uid=_uid(series.series_uid, pixels), instance_number=1,
+            series_instance_uid=_uid(series.series_uid, *masks), series_number=98, sop_instance_uid=_uid(series.series_uid, list(masks), codes, algorithm, pixels.dtype, pixels), instance_number=1,
             manufacturer="medimg", manufacturer_model_name="medimg", software_versions="1", device_serial_number="1", content_label="MEDIMG",
             max_fractional_value=255, series_description="medimg segmentation")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -181,7 +181,7 @@ def _description(hd, number, name, codes, algorithm):
         made = {"algorithm_type": "AUTOMATIC", "algorithm_identification": hd.AlgorithmIdentificationSequence(*algorithm[:1], family, algorithm[1])}
     return hd.seg.SegmentDescription(number, name, category, kind, tracking_uid=_uid("tracking", name), tracking_id=name, **made)
 
-# %% ../../nbs/data/05c_segmentations.ipynb #c127e355
+# %% ../../nbs/data/05c_segmentations.ipynb #358e652b
 def read_seg(path, grid: Volume | None = None) -> dict:
     """The masks of a DICOM Segmentation.
 
@@ -202,6 +202,10 @@ def read_seg(path, grid: Volume | None = None) -> dict:
         When the file is no segmentation, damaged or too large.
     GeometryError
         When it has no regular grid of its own and none is given.
+
+    Notes
+    -----
+    A label that comes twice gets its segment's number: `"Nodule"`, `"Nodule (2)"`.
 
     Examples
     --------
@@ -231,8 +235,11 @@ def read_seg(path, grid: Volume | None = None) -> dict:
         raise type(error)(error.what, path=path, remedy=error.remedy) from error
     except Exception as error:                       # pydicom and highdicom raise many kinds on malformed files
         raise DicomError(f"the segmentation is damaged ({type(error).__name__}: {printable(error)[:120]})", path=path, remedy="export it again") from error
-    return {label: Volume(m.array, m._affine, modality="SEG", units="share", meta=meta, slice_positions_mm=m.slice_positions_mm)
-            for (label, meta), m in zip(facts, masks)}
+    found = {}
+    for (label, meta), m in zip(facts, masks):
+        name = label if label not in found else f"{label} ({meta['number']})"        # two lesions may share a label
+        found[name] = Volume(m.array, m._affine, modality="SEG", units="share", meta=meta, slice_positions_mm=m.slice_positions_mm)
+    return found
 
 
 def _facts(seg, number):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'ArraySource', 'FileSource', 'SliceSource', 'PatchSource']
 
-# %% ../../nbs/data/08a_sources.ipynb #4abe1c7b
+# %% ../../nbs/data/08a_sources.ipynb #68f571c4
 import hashlib
 import os
 import threading
@@ -21,6 +21,19 @@ from ..errors import ConfigError, DatasetError
 
 def _id(*parts):
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _state(thing) -> str:
+    """A text that changes when the content of an array, a volume, a file, a folder or a series does."""
+    if thing is None:
+        return ""
+    if hasattr(thing, "series_uid") or isinstance(thing, (str, Path)):
+        path = None if hasattr(thing, "series_uid") else Path(thing).resolve()
+        files = [Path(f) for f in thing.files] if path is None else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        return str([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    array = np.ascontiguousarray(getattr(thing, "array", thing))
+    place = [np.asarray(v).tolist() for v in (getattr(thing, "_affine", None), getattr(thing, "slice_positions_mm", None)) if v is not None]
+    return f"{array.shape}{array.dtype.str}{hashlib.sha256(array).hexdigest()}{place}"
 
 
 class Source:
@@ -81,7 +94,7 @@ class Source:
     def _with_label(self, sample, i):
         return sample if self.labels is None else {**sample, "label": self.labels[i]}
 
-# %% ../../nbs/data/08a_sources.ipynb #f874bbd2
+# %% ../../nbs/data/08a_sources.ipynb #11308136
 class ArraySource(Source):
     """Images in memory: an ImageDataset, or arrays.
 
@@ -118,6 +131,12 @@ class ArraySource(Source):
             if part is not None and len(part) != len(self):
                 raise DatasetError(f"{len(part)} {name} for {len(self)} ids", remedy="give one of each for every sample")
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 in hex over ids, labels and the content of images, masks and boxes."""
+        parts = [super().checksum, *map(_state, (self.images, self.masks, self.boxes))]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
     def decode(self, raw, i: int, rng) -> dict:
         """Sample `i` from row `raw`: `image` as stored, `mask` and `boxes` (k, 4) where there are some (`rng` is not used)."""
         sample = {"image": self.images[raw]}
@@ -127,7 +146,7 @@ class ArraySource(Source):
             sample["boxes"] = np.asarray(self.boxes[raw], float)[~np.isnan(self.boxes[raw]).any(axis=1)]
         return self._with_label(sample, i)
 
-# %% ../../nbs/data/08a_sources.ipynb #dd4d3a2f
+# %% ../../nbs/data/08a_sources.ipynb #6075354f
 class FileSource(Source):
     """Picture files and single DICOM images, read when they are needed.
 
@@ -180,6 +199,8 @@ class FileSource(Source):
                 raise DatasetError(error.what, path=self.paths[i], remedy=error.remedy) from error
         from medimg.data.dicom import read
         volume = read([self.paths[i]])
+        if isinstance(volume, list):
+            raise DatasetError(f"a film of {len(volume)} moments, not one image", path=self.paths[i], remedy="export one frame")
         if volume.shape[0] != 1:
             raise DatasetError(f"a stack of {volume.shape[0]} slices, not one image", path=self.paths[i], remedy="use SliceSource or PatchSource")
         return self._with_label({"image": volume.display()[0], "spacing_mm": volume.spacing_mm[1:]}, i)
@@ -195,7 +216,7 @@ def _volume_id(volume):
         return _id("voxels", volume.shape, digest.hexdigest())
     raise ConfigError(f"a {type(volume).__name__} is no volume", remedy="give Volumes, rows of scan(), or paths of NIfTI files or DICOM folders")
 
-# %% ../../nbs/data/08a_sources.ipynb #30d6aab0
+# %% ../../nbs/data/08a_sources.ipynb #11185424
 class _Shelf:
     """Volumes and masks, opened when needed; the last `keep` stay open."""
 
@@ -227,16 +248,26 @@ class _Shelf:
             return Volume.from_nifti(thing)
         if isinstance(thing, (str, Path)) or hasattr(thing, "series_uid"):
             from medimg.data.dicom import read
-            return read(thing)
+            volume = read(thing)
+            if isinstance(volume, list):
+                raise DatasetError(f"a time series of {len(volume)} volumes", path=thing if isinstance(thing, (str, Path)) else thing.files[0],
+                                   remedy="read it first and give the volumes one by one")
+            return volume
         return thing
 
-# %% ../../nbs/data/08a_sources.ipynb #9c697220
+# %% ../../nbs/data/08a_sources.ipynb #b91f517b
 class _VolumeSource(Source):
     """What slices and patches share: the shelf, labels by volume, and an order that opens each volume once an epoch."""
 
     def __init__(self, shelf, owner, numbers, labels):
         self.shelf, self.owner, self.numbers = shelf, np.asarray(owner, int), np.asarray(numbers, int)
         super().__init__([_id(shelf.ids[v], k) for v, k in zip(self.owner, self.numbers)], labels)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 in hex over ids, labels and the content of volumes and masks (of files: their size and time of change)."""
+        parts = [super().checksum, *map(_state, self.shelf.volumes), *map(_state, self.shelf.masks or ())]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     def order(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
         """Sample numbers in the order of one epoch, (n,) int: a few volumes at a time; fixed by `seed`, `epoch` and the ids; unshuffled without `shuffle`."""
@@ -260,7 +291,7 @@ class _VolumeSource(Source):
             sample["mask"] = mask[z[0]:z[1], y[0]:y[1], x[0]:x[1]]
         return self._with_label(sample, i)
 
-# %% ../../nbs/data/08a_sources.ipynb #e88874e6
+# %% ../../nbs/data/08a_sources.ipynb #a2f05b39
 class SliceSource(_VolumeSource):
     """Every slice of every volume as an image.
 
@@ -290,6 +321,8 @@ class SliceSource(_VolumeSource):
             depth.append(volume.shape[0])
             found.append(np.zeros(depth[-1], int) if mask is None else mask.reshape(depth[-1], -1).any(axis=1).astype(int))
         owner = np.repeat(np.arange(len(depth)), depth)
+        if labels is None and masks is not None and any(m is None for m in shelf.masks):
+            raise DatasetError("a volume without a mask has no label", remedy="give labels, or leave that volume out")
         if labels is not None:
             labels = np.asarray(labels)[owner]
         elif masks is not None:

@@ -98,7 +98,7 @@ def read_splits(path) -> dict:
         raise DatasetError("not a splits file of format 1", path=path.name, remedy="delete it, and every fold is drawn anew") from error
     return {**facts, "folds": folds}
 
-# %% ../../nbs/data/04j_splits.ipynb #cc965740
+# %% ../../nbs/data/04j_splits.ipynb #0b19b352
 def make_splits(dataset: ImageDataset, *, fractions=(0.7, 0.1, 0.2), seed: int = 0, file=None, quiet: bool = False) -> ImageDataset:
     """New folds for a set without official ones; no patient (else: no group of near-copies) is on two sides.
 
@@ -138,7 +138,7 @@ def make_splits(dataset: ImageDataset, *, fractions=(0.7, 0.1, 0.2), seed: int =
     splits = split_by_patient(groups, _strata(dataset), fractions=fractions, seed=seed, quiet=True)
     if file is not None and Path(file).is_file():
         splits = _kept(read_splits(file), groups, keys, splits, {"name": dataset.name, "unit": unit, "fractions": list(fractions)})
-    done = replace(dataset, splits=splits, meta={**dataset.meta, "interval": "image-level" if dataset.patient_ids is None else "patient-level"})
+    done = replace(dataset, splits=splits, meta={**dataset.meta, "interval": "image-level" if dataset.patient_ids is None else dataset.meta.get("interval", "patient-level")})
     if file is not None:
         _write(file, done, unit, fractions, seed)
     if not quiet:

@@ -82,7 +82,7 @@ def _checked(row):
     return {**row, "SeriesInstanceUID": uid, "PatientID": patient, "Modality": str(row.get("Modality", "")),
             "ImageCount": int(row.get("ImageCount") or 0), "FileSize": int(row.get("FileSize") or 0)}
 
-# %% ../../nbs/data/04i_tcia.ipynb #1455b7f7
+# %% ../../nbs/data/04i_tcia.ipynb #6672302e
 def fetch_series(row: dict, folder, *, base: str = NBIA, max_bytes: int = 1 << 33, progress: bool = False) -> Path:
     """Fetch one series into `folder/<patient>/<series uid>/`, each file checked against the archive's MD5.
 
@@ -141,9 +141,10 @@ def _prove(folder, row):
         raise ChecksumError("the archive sent no list of checksums", path=row["SeriesInstanceUID"], remedy="try again later")
     with open(sums, encoding="utf-8-sig", newline="") as file:
         stated = {Path(r["Filename"]).name: r["MD5Hash"].strip().lower() for r in csv.DictReader(file) if r.get("Filename") and r.get("MD5Hash")}
-    files = {p.name: p for p in folder.rglob("*.dcm")}
+    paths = list(folder.rglob("*.dcm"))
+    files = {p.name: p for p in paths}
     wrong = [n for n, p in files.items() if hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest() != stated.get(n)]
-    if wrong or files.keys() != stated.keys() or not files or row["ImageCount"] not in (0, len(files)):
+    if wrong or len(paths) != len(files) or files.keys() != stated.keys() or not files or row["ImageCount"] not in (0, len(files)):
         raise ChecksumError(f"{len(wrong)} of {len(files)} files are not as published ({row['ImageCount'] or len(stated)} expected)",
                             path=row["SeriesInstanceUID"], remedy="try again; nothing was kept")
 
