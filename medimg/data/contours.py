@@ -79,7 +79,7 @@ def polygon_cover(points, shape) -> np.ndarray:
     np.add.at(sums, (row, pixel + 1), fall * (column - pixel))
     return np.clip(np.abs(sums[:, :-1].cumsum(axis=1)), 0, 1)
 
-# %% ../../nbs/data/05a_contours.ipynb #0111401b
+# %% ../../nbs/data/05a_contours.ipynb #9fe8308b
 def is_inside(point, polygon) -> bool:
     """Whether a point lies inside a polygon (even-odd rule).
 
@@ -103,6 +103,10 @@ def is_inside(point, polygon) -> bool:
     with np.errstate(divide="ignore", invalid="ignore"):
         at = p[:, 1] + (row - p[:, 0]) * (q[:, 1] - p[:, 1]) / (q[:, 0] - p[:, 0])
     return bool((spans & (column < at)).sum() % 2)
+
+
+def _area(p):
+    return abs(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - p[:, 1] * np.roll(p[:, 0], -1))) / 2
 
 
 def slice_cover(polygons, shape) -> np.ndarray:
@@ -148,7 +152,7 @@ def _around(polygons):
 def _depths(polygons):
     return [len(around) for around in _around(polygons)]
 
-# %% ../../nbs/data/05a_contours.ipynb #62a3b30b
+# %% ../../nbs/data/05a_contours.ipynb #1ec840d8
 def mask_contours(mask, *, level: float = 0.5) -> list:
     """The outlines of a 2-D mask, holes joined to their outer outline by keyholes.
 
@@ -191,10 +195,6 @@ def _corners(p):
     """The polygon without points that lie on the line between their neighbours."""
     before, after = p - np.roll(p, 1, axis=0), np.roll(p, -1, axis=0) - p
     return p[np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-12]
-
-
-def _area(p):
-    return abs(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - p[:, 1] * np.roll(p[:, 0], -1))) / 2
 
 
 def _keyholed(loop, *holes):
