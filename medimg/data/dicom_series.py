@@ -237,7 +237,7 @@ def _without_copies(group):
         seen.add(same)
     return kept, len(group) - len(kept)
 
-# %% ../../nbs/data/02i_dicom_series.ipynb #c7ed670c
+# %% ../../nbs/data/02i_dicom_series.ipynb #11c4261a
 def _rows(members, group, facts, size):
     """Series of the pictures of one orientation and spacing."""
     headers = [h for _, h, *_ in group]
@@ -263,7 +263,7 @@ def _rows(members, group, facts, size):
         rows.append(replace(row, findings=(*findings, *_header_findings(group[ordered[0][0]][1], plane))))
     return rows
 
-
+# %% ../../nbs/data/02i_dicom_series.ipynb #96e9d44b
 def _thick(geometry, plane):
     """A single slice is as thick as it says."""
     if len(geometry.order) > 1:

@@ -73,7 +73,7 @@ def balanced_order(ids, labels, *, seed: int = 0, epoch: int = 0, shares=None) -
     mixed = epoch_order([f"{int(i, 16) ^ int(r):x}" for i, r in zip(np.asarray(ids)[rows], repeats)], seed=seed, epoch=epoch)
     return rows[mixed], repeats[mixed]
 
-# %% ../../nbs/data/08b_flow.ipynb #ea7549c2
+# %% ../../nbs/data/08b_flow.ipynb #219a3e62
 CACHE_VERSION = 2
 
 
@@ -109,6 +109,12 @@ def cache_key(source, preprocessor) -> str:
         raise ConfigError("a preprocessor without to_json cannot name a cache", remedy="use a Preprocessor, or leave cache out")
     text = json.dumps([CACHE_VERSION, source.checksum, None if preprocessor is None else preprocessor.to_json()])
     return sha256_of(text.encode())[:32]
+
+
+def _cacheable(flow):
+    if "boxes" in flow.target and flow.cache != "memory":
+        raise ConfigError("boxes are not kept on disk", remedy="use cache='memory', or none")
+    return cache_key(flow.source, flow.preprocessor)
 
 
 def _stored(folder):
@@ -160,7 +166,7 @@ def _sweep(folder):
         except PermissionError:
             pass
 
-# %% ../../nbs/data/08b_flow.ipynb #501b2b98
+# %% ../../nbs/data/08b_flow.ipynb #4d0807f7
 @dataclass(eq=False)
 class Flow:
     """Batches from a source, equal for every number of workers.
@@ -216,10 +222,8 @@ class Flow:
             raise ConfigError(f"batch_size {self.batch_size}, workers {self.workers}, target {self.target}",
                               remedy="give 1 or more, 0 or more, and label, mask or boxes")
         self.augment = self.augment if callable(self.augment) else as_augment(self.augment)
-        if "boxes" in self.target and self.cache not in (None, "memory"):
-            raise ConfigError("boxes are not kept on disk", remedy="use cache='memory', or none")
         self.order(0)
-        _ = self.cache is None or cache_key(self.source, self.preprocessor)
+        _ = self.cache is None or _cacheable(self)
 
     def __len__(self):
         return -(-len(self.source) // self.batch_size)
@@ -295,7 +299,7 @@ def _preprocessed(preprocessor, sample, target):
                           remedy="give a function sample -> sample that moves them too")
     return {**sample, "image": made}
 
-# %% ../../nbs/data/08b_flow.ipynb #463fe6fe
+# %% ../../nbs/data/08b_flow.ipynb #5e91330c
 def _augmented(flow, sample, name, rng, epoch, repeat):
     if flow.augment is None or callable(flow.augment):
         return sample if flow.augment is None else flow.augment(sample, rng)
@@ -305,7 +309,7 @@ def _augmented(flow, sample, name, rng, epoch, repeat):
     image = augment_batch(sample["image"][None], [name], augment=flow.augment, seed=flow.seed, epoch=epoch + repeat * 1_000_003)[0]
     return {**sample, "image": image}
 
-
+# %% ../../nbs/data/08b_flow.ipynb #44c7e157
 def _fill(flow):
     """Prepare all samples once, into memory or a folder."""
     n, work = len(flow.source), (lambda i: _prepared(flow, i, generator(flow.seed, 0, flow.source.ids[i]), lambda stage: None))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'ArraySource', 'FileSource', 'SliceSource', 'PatchSource']
 
-# %% ../../nbs/data/08a_sources.ipynb #68f571c4
+# %% ../../nbs/data/08a_sources.ipynb #db7b9dbb
 import hashlib
 import os
 import threading
@@ -35,7 +35,7 @@ def _state(thing) -> str:
     place = [np.asarray(v).tolist() for v in (getattr(thing, "_affine", None), getattr(thing, "slice_positions_mm", None)) if v is not None]
     return f"{array.shape}{array.dtype.str}{hashlib.sha256(array).hexdigest()}{place}"
 
-
+# %% ../../nbs/data/08a_sources.ipynb #51b51824
 class Source:
     """Numbered samples: the base of all sources, and what a source of your own has to offer.
 
