@@ -73,7 +73,7 @@ def balanced_order(ids, labels, *, seed: int = 0, epoch: int = 0, shares=None) -
     mixed = epoch_order([f"{int(i, 16) ^ int(r):x}" for i, r in zip(np.asarray(ids)[rows], repeats)], seed=seed, epoch=epoch)
     return rows[mixed], repeats[mixed]
 
-# %% ../../nbs/data/08b_flow.ipynb #219a3e62
+# %% ../../nbs/data/08b_flow.ipynb #c01ce0fb
 CACHE_VERSION = 2
 
 
@@ -123,7 +123,7 @@ def _stored(folder):
         return None
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
 
-
+# %% ../../nbs/data/08b_flow.ipynb #03e6caa1
 def _store(folder, samples, n):
     """Write samples part by part into a hidden folder, and give it its name at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
