@@ -6,8 +6,7 @@
 __all__ = ['TASKS', 'MODELS', 'task_of', 'head_units', 'to_probability', 'article_cnn', 'gated_pooling', 'gated_cnn', 'mlp_28',
            'lung_ct_cnn', 'ModelEntry', 'build_model', 'Predictor', 'load_model']
 
-# %% ../../nbs/models/03_networks.ipynb #8100dc79
-import contextlib
+# %% ../../nbs/models/03_networks.ipynb #f1be40b5
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..config import set_seed
 from ..errors import ConfigError, MedimgError, nearest
+from .blocks import _keras
 
 #: What a head can be asked: yes or no, one of several, several at once, one of several in order.
 TASKS = ("binary", "multiclass", "multilabel", "ordinal")
@@ -128,39 +128,6 @@ def _checked_logits(logits, task):
         raise MedimgError(f"{int((~np.isfinite(a)).sum())} of {a.size} logits are NaN or infinite",
                           remedy="look for NaN in the input images or for diverged weights")
     return a
-
-# %% ../../nbs/models/03_networks.ipynb #76aec211
-def _keras():
-    """Keras on TensorFlow, loaded at the first call only."""
-    import os
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with _hushed():
-            import keras
-    except ImportError as error:
-        raise ConfigError("building or training a network needs TensorFlow and Keras",
-                          remedy="pip install 'medimg[train]'") from error
-    return keras
-
-
-@contextlib.contextmanager
-def _hushed():
-    """TensorFlow greets on file descriptor 2 before it reads its own log level; the greeting goes nowhere, once."""
-    import os
-    import sys
-    if "tensorflow" in sys.modules or os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":
-        yield
-        return
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 # %% ../../nbs/models/03_networks.ipynb #de024c49
 def _input(shape, *, rank, least, name):
