@@ -21,7 +21,7 @@ MACHINE_PATH = re.compile(
     r"""(?<![\w.:/~<-])(?:/(?:home|root|tmp|work|Users|var/folders|private|mnt|opt|usr/(?:local/)?lib|workspace|content)/[\w.-]+)"""
     r"""|site-packages|dist-packages|\b[A-Za-z]:\\\\?(?:Users|Windows|Program|Documents|Temp|data|work)|\.venv/|ipykernel_\d+""")
 LAYERS = [{"errors"}, {"config"}, {"plots", "course"}, {"data"}, {"models"}, {"training"}, {"evaluation"}, {"deployment"}, {"experiments"}, {"api"},
-      X
+          {"reproduction"}, {"demo"}, {"cli"}]
 TOP_LEVEL = {"numpy", "medimg"}
 TOP_LEVEL_EXTRA = {"medimg.cli": {"typer", "rich"}}      # a command line cannot declare its commands without them
 
