@@ -186,7 +186,7 @@ def choose_threshold(y, p) -> float:
     best = cuts[youden == youden.max()]
     return float(best[np.argmin(abs(best - 0.5))])
 
-# %% ../../nbs/training/02_trainer.ipynb #d3ef34d6
+# %% ../../nbs/training/02_trainer.ipynb #f82f9e44
 class TrainState:
     """A network together with everything its training remembers.
 
@@ -198,6 +198,8 @@ class TrainState:
         Learning rate, decay, averaging and clipping.
     loss : callable
         `loss(y, logits) -> scalar`, as from `make_loss`.
+    scales : dict of str to float, optional
+        Variable path to a multiplier of its learning rate; 1 for those that are not named.
 
     Examples
     --------
@@ -206,7 +208,7 @@ class TrainState:
     0.6931
     """
 
-    def __init__(self, model, config: TrainConfig, loss):
+    def __init__(self, model, config: TrainConfig, loss, scales=None):
         import keras
         import tensorflow as tf
         self.model, self.config = model, config
@@ -214,7 +216,7 @@ class TrainState:
         self.optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(w, trainable=False) for w in model.get_weights()]
-        self._step = _graph_of_step(model, self.optimizer, self.average, loss, config.clip_norm)
+        self._step = _graph_of_step(self, loss, _checked_scales(model, scales))
         self._forward = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
     def step(self, x, y, number: int, rate: float) -> float:
@@ -268,7 +270,7 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #8c8cdc5d
+# %% ../../nbs/training/02_trainer.ipynb #f9093e8f
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
@@ -279,9 +281,21 @@ def _padded(x, size):
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if 0 < len(x) < size else x
 
 
-def _graph_of_step(model, optimizer, average, loss, clip_norm):
-    """One training step as a graph: gradient, clip, AdamW, running average."""
+def _checked_scales(model, scales):
+    """(variable, multiplier) of every trainable variable that does not learn at the common rate."""
+    known = {v.path: v for v in model.trainable_variables}
+    for path, scale in (scales or {}).items():
+        if path not in known:
+            raise ConfigError(f"the network has no trainable variable {path!r}", remedy=nearest(path, known))
+        if not 0 <= scale <= 100:
+            raise ConfigError(f"the learning-rate scale of {path} is {scale!r}", remedy="give a number from 0 to 100")
+    return [(known[path], float(scale)) for path, scale in (scales or {}).items() if scale != 1]
+
+
+def _graph_of_step(state, loss, scales):
+    """One training step as a graph: gradient, clip, AdamW (a share of it where a variable has a scale of its own), running average."""
     import tensorflow as tf
+    model, optimizer, clip_norm = state.model, state.optimizer, state.config.clip_norm
 
     @tf.function(reduce_retracing=True)
     def step(x, y, rate, decay):
@@ -293,8 +307,11 @@ def _graph_of_step(model, optimizer, average, loss, clip_norm):
         norm = tf.linalg.global_norm(gradients)
         if clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
+        before = [tf.identity(v.value) for v, _ in scales]
         optimizer.apply(gradients, model.trainable_variables)
-        for mean, weight in zip(average, model.weights):
+        for old, (variable, scale) in zip(before, scales):
+            variable.assign(old + scale * (variable.value - old))
+        for mean, weight in zip(state.average, model.weights):
             mean.assign(decay * mean + (1 - decay) * weight.value)
         return total, norm
 
