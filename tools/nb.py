@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 UNTRACKED = {"medimg", "medimg._modidx"}     # tables of names: what a name leads to is tracked by its own module
 KEEP_CELL_METADATA = {"tags", "jupyter"}
-NOISE = re.compile(r"^(20\d\d-\d\d-\d\d .*(tensorflow|cuda|TensorFlow)|[WEI]0000 |WARNING: All log messages before absl)", re.M)
+NOISE = re.compile(r"^(WARNING:.*AutoGraph could not transform|Cause: Unable to locate the source|To silence this warning, decorate|20\d\d-\d\d-\d\d .*(tensorflow|cuda|TensorFlow)|[WEI]0000 |WARNING: All log messages before absl)", re.M)
 
 
 def chapters():
