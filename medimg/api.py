@@ -191,7 +191,7 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #0d825a3e
+# %% ../nbs/foundations/api.ipynb #6008f76e
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -231,6 +231,7 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     """
     from medimg.data.datasets import drop_shared
     from medimg.evaluation.metrics import evaluate_classification
+    from medimg.experiments.protocol import log_test_read
     predictor, facts = load_predictor(run_or_bundle)
     if dataset is None or isinstance(dataset, str):
         dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
@@ -240,13 +241,14 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
     estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
                                         groups=part.patient_ids, n_boot=n_boot, seed=seed)
-    reads = _log_read(Path(log or cache_dir() / "test_reads.jsonl"), facts, dataset, split) if split == "test" else None
+    reads = log_test_read(log or cache_dir() / "test_reads.jsonl", dataset=dataset.name, checksum=dataset.checksum, split=split, model=facts["name"],
+                          version=facts["version"], metric="evaluate_classification") if split == "test" else None
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
             "same_data": facts["trained_on"] in checksums if facts["trained_on"] else None,
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
-# %% ../nbs/foundations/api.ipynb #8c82a763
+# %% ../nbs/foundations/api.ipynb #c63e9996
 def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
     from medimg.data.datasets import dataset_info, find_dataset
@@ -259,27 +261,6 @@ def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     if data == "auto" and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
         raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
     return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
-
-
-def _log_read(path, facts, dataset, split):
-    """Append one line and return how many there are for these very images."""
-    from datetime import date
-
-    from medimg.training.record import environment
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = {"date": date.today().isoformat(), "dataset": dataset.name, "checksum": dataset.checksum, "split": split, "model": facts["name"],
-            "version": facts["version"], "commit": environment().get("code_commit"), "metric": "evaluate_classification"}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
-    return sum(_checksum_in(text) == dataset.checksum for text in path.read_text(encoding="utf-8", errors="replace").splitlines())
-
-
-def _checksum_in(text):
-    """Of one line of the ledger; None for a line that a crash cut off."""
-    try:
-        return json.loads(text)["checksum"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 # %% ../nbs/foundations/api.ipynb #83e09d51
 def load_bundle(name_or_path):

@@ -332,16 +332,31 @@ def _methods(metrics):
             names.setdefault(re.sub(r"^(Wilson), \d+ ", r"\1, number ", e["method"]), []).append(name)
     return [f"  {method} ({', '.join(which)})" for method, which in names.items()]
 
-# %% ../nbs/foundations/cli.ipynb #9b92669e
+# %% ../nbs/foundations/cli.ipynb #067bfe6c
 @app.command()
-def reproduce(name: Annotated[str, typer.Argument(help="pneumonia or phantom-cxr.")], out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce/NAME.")] = None,
-              profile: str = "full", data: DataOption = "real", update: Annotated[bool, typer.Option("--update", help="Authors: ship the new bundle and result.")] = False,
-              as_json: AsJson = False, quiet: Quiet = False):
-    """Train, evaluate and pack a recipe again, and compare with what is shipped."""
-    from medimg.reproduction import reproduce as again
-    result = again(name, out=out, profile=profile, data=data, update=update, progress=not quiet and not as_json)
-    value, interval = _figures(result["metrics"]["auc"])
-    _say(result, f"{name}: AUC {value} [{interval}] on {result['n_test']} test images; compared with the shipped result: {result['verdict']}", as_json)
+def reproduce(name: Annotated[str | None, typer.Argument(help="A bundle or an experiment; without a name: the list of them.")] = None,
+              out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce/NAME; the same call again resumes there.")] = None,
+              profile: Annotated[str, typer.Option(help="ci, course or full.")] = "full", data: DataOption = "real",
+              seeds: Annotated[str | None, typer.Option(help="Of an experiment, as in 0,1,2.")] = None,
+              update: Annotated[bool, typer.Option("--update", help="Authors: store the new result.")] = False, as_json: AsJson = False, quiet: Quiet = False):
+    """Make a shipped bundle or the figures of an experiment again, and compare with what is stored."""
+    from medimg import reproduction
+    if name is None:
+        rows = reproduction.reproducible()
+        _say([{"name": n, "about": about} for n, about in rows], columns(("name", "what"), rows), as_json)
+        return
+    result = reproduction.reproduce(name, out=out, profile=profile, data=data, update=update, seeds=_seeds(seeds), progress=not quiet and not as_json)
+    figures = result["figures"] if "figures" in result else {"AUC": result["metrics"]["auc"]}
+    rows = [(key, *_figures({"low": None, "high": None, **f})) for key, f in figures.items()]
+    _say(result, f"{columns((name, 'value', '95 % interval'), rows)}\ncompared with the stored result: {result['verdict']}", as_json)
+
+
+def _seeds(text):
+    """Whole numbers from `0,1,2`."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text!r} is no list of whole numbers", remedy="for example --seeds 0,1,2") from None
 
 # %% ../nbs/foundations/cli.ipynb #d8c1d9e2
 bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, inspect, verify.")
