@@ -103,7 +103,8 @@ def conv(x, filters, kernel=3, *, stride=1, use_bias=True, name=None):
     (None, 5, 14, 14, 8)
     """
     _fits(x, stride, "stride")
-    return _layer("Conv", x)(filters, kernel, stride, padding="same", use_bias=use_bias, kernel_initializer="he_normal", name=name)(x)
+    padding = "valid" if kernel == 1 else "same"        # alike for one pixel; "valid" is how the shipped networks name it
+    return _layer("Conv", x)(filters, kernel, stride, padding=padding, use_bias=use_bias, kernel_initializer="he_normal", name=name)(x)
 
 # %% ../../nbs/models/02_blocks.ipynb #66d2be57
 def norm(x, kind="batch", *, name=None):
