@@ -22,7 +22,7 @@ def _before(x):
 def _after(x):
     return _keras().ops.pad(x, [[0, 0], [0, 1]])
 
-# %% ../../nbs/models/04a_heads.ipynb #e0bfcfde
+# %% ../../nbs/models/04a_heads.ipynb #ae540c9e
 def _corn(x, classes):
     """Two parts of log P(y = k): that all questions before k were passed, and that question k was not."""
     ops = _keras().ops
@@ -35,10 +35,9 @@ def _cumulative(x, classes):
     layers, ops = _keras().layers, _keras().ops
     score = layers.Dense(1, use_bias=False, name="score")(x)
     free = layers.Dense(classes - 1, use_bias=False, kernel_initializer="zeros", name="cuts")(ops.ones_like(score))     # learnt constants
-    first, gaps = free[:, :1] - (classes - 2) / 2, ops.softplus(free[:, 1:] + 0.541) + 1e-4                              # at first one apart, in the middle
-    cuts = ops.cumsum(ops.concatenate([first, gaps], axis=-1), axis=-1)
-    gap = ops.log1p(-ops.exp(-gaps))
-    return [_after(ops.log_sigmoid(cuts - score)), _before(ops.log_sigmoid(score - cuts)), _before(_after(gap))]
+    first, rise = free[:, :1] - (classes - 2) / 2, free[:, 1:] + 0.541                                                  # at first one apart, in the middle
+    cuts = ops.cumsum(ops.concatenate([first, ops.softplus(rise)], axis=-1), axis=-1)
+    return [_after(ops.log_sigmoid(cuts - score)), _before(ops.log_sigmoid(score - cuts)), _before(_after(ops.log_sigmoid(rise)))]
 
 # %% ../../nbs/models/04a_heads.ipynb #8ec613a1
 def classifier_head(x, classes, *, task=None, grades="softmax"):

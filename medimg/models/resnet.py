@@ -5,58 +5,33 @@
 # %% auto #0
 __all__ = ['small_resnet', 'inference_model', 'KerasPredictor']
 
-# %% ../../nbs/models/04_resnet.ipynb #ac10e66a
+# %% ../../nbs/models/04_resnet.ipynb #e55bde02
 import numpy as np
 
 from ..errors import ConfigError, MedimgError, nearest
-from .networks import _head, _input, _keras, task_of, to_probability
+from .blocks import conv, global_average, max_pool, norm, residual_block
+from .heads import GRADES, classifier_head
+from .networks import _input, _keras, task_of, to_probability
 
-_NORMS = ("batch", "group", "none")
-
-
-def _norm(kind, name):
-    layers = _keras().layers
-    if kind == "batch":
-        return layers.BatchNormalization(momentum=0.9, name=name)
-    return layers.GroupNormalization(groups=8, name=name) if kind == "group" else layers.Identity(name=name)
+_NORMS, _POOLS = ("batch", "group", "instance", "none"), ("average", "blur")
 
 
-def _pre_activated(x, width, *, stride, norm, name):
-    """Norm, ReLU, 3 x 3 convolution."""
-    layers = _keras().layers
-    x = layers.ReLU(name=f"{name}_relu")(_norm(norm, f"{name}_norm")(x))
-    return layers.Conv2D(width, 3, stride, padding="same", use_bias=norm == "none", kernel_initializer="he_normal", name=f"{name}_conv")(x)
+def _stem(images, width, kind, shrink):
+    """First convolution; `shrink` times smaller, by default 1 below 48 pixels, 2 below 112, else 4."""
+    small = min(images.shape[1:-1])
+    shrink = shrink or (1 if small < 48 else 2 if small < 112 else 4)
+    x = conv(images, width, 3, stride=min(shrink, 2), use_bias=kind == "none", name="stem_conv")
+    return max_pool(x, 2, name="stem_pool") if shrink == 4 else x
 
-# %% ../../nbs/models/04_resnet.ipynb #6fac8361
-def _residual_block(x, width, *, stride, norm, skip, name):
-    """x + f(x), f being two pre-activated convolutions; where the shape changes, x is averaged and mixed by a 1 x 1 convolution."""
-    layers = _keras().layers
-    f = _pre_activated(x, width, stride=stride, norm=norm, name=f"{name}a")
-    f = _pre_activated(f, width, stride=1, norm=norm, name=f"{name}b")
-    if not skip:
-        return f
-    if stride > 1:
-        x = layers.AveragePooling2D(stride, padding="same", name=f"{name}_average")(x)
-    if x.shape[-1] != width:
-        x = layers.Conv2D(width, 1, use_bias=False, kernel_initializer="he_normal", name=f"{name}_mix")(x)
-    return layers.Add(name=f"{name}_add")([x, f])
-
-
-def _stem(images, width, norm):
-    """First convolution; larger images are made smaller at once: stride 1 below 48 pixels, 2 below 112, else 4."""
-    layers, small = _keras().layers, min(images.shape[1:3])
-    x = layers.Conv2D(width, 3, 1 if small < 48 else 2, padding="same", use_bias=norm == "none",
-                      kernel_initializer="he_normal", name="stem_conv")(images)
-    return layers.MaxPooling2D(2, padding="same", name="stem_pool")(x) if small >= 112 else x
-
-# %% ../../nbs/models/04_resnet.ipynb #2baa4677
-def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2), dropout=0.1, norm="batch", skip=True):
-    """A small pre-activation residual network with a global-average head (He et al. 2016, Identity mappings).
+# %% ../../nbs/models/04_resnet.ipynb #4538e846
+def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2), dropout=0.1, norm="batch", skip=True, stem=None, squeeze=0,
+                 pool="average", grades="softmax"):
+    """A small pre-activation residual network with a global-average head, for images and for volumes (He et al. 2016, Identity mappings).
 
     Parameters
     ----------
-    input_shape : tuple (y, x, c)
-        In pixels and channels; at least 16 x 16, made for 28 to 224.
+    input_shape : tuple (y, x, c) or (z, y, x, c)
+        In pixels and channels; the rank decides between 2-D and 3-D. At least 16 on each axis; made for 28 to 224 (volumes: 28 to 64).
     classes : int
         How many classes there are, "normal" included.
     task : str, optional
@@ -67,15 +42,23 @@ def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2),
         Residual blocks in each stage; each stage but the first halves the image.
     dropout : float
         Share of features dropped before the last layer while training, in [0, 1).
-    norm : {"batch", "group", "none"}
-        Batch normalisation, group normalisation (for tiny batches), or none.
+    norm : {"batch", "group", "instance", "none"}
+        Batch normalisation, group or instance normalisation (for tiny batches), or none.
     skip : bool
         False leaves the shortcuts out: the plain network of the chapter's comparison.
+    stem : {1, 2, 4}, optional
+        How many times smaller the first layers make the image; None: by its size.
+    squeeze : int
+        Ratio of a squeeze-and-excitation in each block; 0 for none.
+    pool : {"average", "blur"}
+        `"blur"` blurs before each step that leaves pixels out (anti-aliasing).
+    grades : {"softmax", "corn", "cumulative"}
+        For an ordinal task, see `medimg.models.heads.classifier_head`.
 
     Returns
     -------
     keras.Model
-        `images` `(n, y, x, c)` float32 to logits `(n, units)`; layers `feature_map`, `features`, `logits`.
+        `images` `(n, [z,] y, x, c)` float32 to logits `(n, units)`; layers `feature_map`, `features`, `logits`.
 
     Raises
     ------
@@ -86,20 +69,27 @@ def small_resnet(input_shape, classes, *, task=None, width=16, blocks=(1, 1, 2),
     --------
     >>> small_resnet((28, 28, 1), 2).get_layer("feature_map").output.shape
     (None, 7, 7, 64)
+    >>> small_resnet((28, 28, 28, 1), 2).get_layer("feature_map").output.shape
+    (None, 7, 7, 7, 64)
     """
     _check_options(width, blocks, dropout, norm)
-    layers = _keras().layers
-    images = _input(input_shape, rank=3, least=max(16, 2 ** len(blocks)), name="resnet")
-    x = _stem(images, width, norm)
+    _check_names(stem, pool, grades)
+    rank = 4 if np.size(input_shape) == 4 else 3
+    images = _input(input_shape, rank=rank, least=max(16, 2 ** len(blocks)), name="resnet")
+    x = _stem(images, width, norm, stem)
     for i, count in enumerate(blocks):
         for j in range(count):
-            x = _residual_block(x, width * 2**i, stride=2 if i and not j else 1, norm=norm, skip=skip, name=f"s{i + 1}b{j + 1}")
-    x = layers.ReLU(name="feature_map")(_norm(norm, "last_norm")(x))
-    x = layers.GlobalAveragePooling2D(name="features")(x)
-    x = layers.Dropout(dropout, name="dropout")(x) if dropout else x
-    return _keras().Model(images, _head(x, classes, task), name="resnet")
+            x = residual_block(x, width * 2**i, stride=2 if i and not j else 1, norm=norm, skip=skip, squeeze=squeeze, pool=pool, name=f"s{i + 1}b{j + 1}")
+    x = _averaged(x, norm)
+    x = _keras().layers.Dropout(dropout, name="dropout")(x) if dropout else x
+    return _keras().Model(images, classifier_head(x, classes, task=task, grades=grades), name="resnet")
 
 
+def _averaged(x, kind):
+    """The last map, and the mean of each of its channels."""
+    return global_average(_keras().layers.ReLU(name="feature_map")(norm(x, kind, name="last_norm")), name="features")
+
+# %% ../../nbs/models/04_resnet.ipynb #07f88c7f
 def _check_options(width, blocks, dropout, norm):
     if norm not in _NORMS:
         raise ConfigError(f"unknown norm {norm!r}", remedy=nearest(str(norm), _NORMS))
@@ -110,7 +100,15 @@ def _check_options(width, blocks, dropout, norm):
     if width < 1 or norm == "group" and width % 8:
         raise ConfigError(f"width {width!r} does not fit norm {norm!r}", remedy="give a positive multiple of 8")
 
-# %% ../../nbs/models/04_resnet.ipynb #24cf1524
+
+def _check_names(stem, pool, grades):
+    if stem not in (None, 1, 2, 4) or isinstance(stem, bool):
+        raise ConfigError(f"stem is {stem!r}", remedy="give 1, 2 or 4, or None")
+    for what, value, known in (("pool", pool, _POOLS), ("kind of grades", grades, GRADES)):
+        if value not in known:
+            raise ConfigError(f"unknown {what} {value!r}", remedy=nearest(str(value), known))
+
+# %% ../../nbs/models/04_resnet.ipynb #1f4b6506
 def inference_model(model):
     """The network with the three named outputs that deployment needs, sharing its weights.
 
@@ -144,19 +142,28 @@ def inference_model(model):
     named = {layer.name: layer for layer in model.layers}
     if missing := {"features", "logits"} - named.keys():
         raise ConfigError(f"the network has no layer {' or '.join(sorted(missing))}", remedy="build it with build_model")
-    head = named["logits"]
-    outputs = {"logits": head.output, "features": named["features"].output}
+    outputs = {"logits": named["logits"].output, "features": named["features"].output}
     if _has_average_head(named):
-        bias = head(keras.ops.zeros_like(named["features"].output))[:, None, None, :]
-        outputs["cam"] = head(named["feature_map"].output) - bias
+        outputs["cam"] = _cam(named, named["logits"].output.shape[-1])
     return keras.Model(model.inputs[0], outputs, name=f"{model.name}-inference")
 
 
 def _has_average_head(named):
-    features = named["features"]
-    if "feature_map" not in named or not isinstance(features, _keras().layers.GlobalAveragePooling2D):
+    """Whether the features are the mean of `feature_map` over its positions."""
+    layers, features = _keras().layers, named["features"]
+    if "feature_map" not in named or not isinstance(features, (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)):
         return False
     return features.input is named["feature_map"].output
+
+
+def _cam(named, units):
+    """The last linear layer, without its bias, at each position of the map; for a head of grades the evidence for "at least this grade"."""
+    ops, linear = _keras().ops, named.get("score", named["logits"])
+    zero = linear(ops.zeros_like(named["features"].output))
+    cam = linear(named["feature_map"].output) - ops.reshape(zero, (-1, *(1,) * (len(named["feature_map"].output.shape) - 2), zero.shape[-1]))
+    if linear is named["logits"]:
+        return cam
+    return ops.concatenate([-cam[..., :1], *[cam[..., min(k, cam.shape[-1] - 1):][..., :1] for k in range(units - 1)]], axis=-1)
 
 # %% ../../nbs/models/04_resnet.ipynb #2a2fccdd
 class KerasPredictor:
