@@ -53,7 +53,7 @@ def toy_network(*, size: int = 16, bias: float = -2.0) -> bytes:
                               [numpy_helper.from_array(v, k) for k, v in weights.items()])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
-# %% ../../nbs/deployment/02_engine.ipynb #b6a3f3b1
+# %% ../../nbs/deployment/02_engine.ipynb #4d4c241b
 _EXTERNAL = b"\x0a\x08location"      # protobuf: a StringStringEntryProto whose key is "location" marks weights kept outside the file
 
 
@@ -83,13 +83,13 @@ class Engine:
         self.path = None if isinstance(source, bytes) else str(source)
         self._session, inputs, found = _session(_graph_bytes(source), threads, self.path)
         self.outputs, image = tuple(name for name in OUTPUTS if name in found), inputs[0] if inputs else None
-        if len(inputs) != 1 or image[0] != "images" or "logits" not in self.outputs or len(image[1]) != 4:
-            raise BundleError("the graph does not have one input `images` (n, y, x, c) and an output `logits`", path=self.path,
+        if len(inputs) != 1 or image[0] != "images" or "logits" not in self.outputs or len(image[1]) not in (4, 5):
+            raise BundleError("the graph does not have one input `images` (n, [z,] y, x, c) and an output `logits`", path=self.path,
                               remedy="export it with medimg.deployment.engine.export_onnx")
         self.input_shape = tuple(s if isinstance(s, int) else None for s in image[1][1:])
 
     def run(self, batch, *, chunk: int = 256) -> dict:
-        """The named outputs for a `batch` (n, y, x, c), `chunk` pictures at a time; see `run_engine`."""
+        """The named outputs for a `batch` (n, [z,] y, x, c), `chunk` pictures at a time; see `run_engine`."""
         return run_engine(self, batch, chunk=chunk)
 
     def __repr__(self):
@@ -122,7 +122,7 @@ def _session(data, threads, path):
     except Exception as error:      # ONNX Runtime raises a dozen types of its own
         raise BundleError("not a graph that ONNX Runtime can run", path=path, remedy="export it again") from error
 
-# %% ../../nbs/deployment/02_engine.ipynb #26cf690e
+# %% ../../nbs/deployment/02_engine.ipynb #1e2f8b2e
 def run_engine(engine, batch, *, chunk: int = 256) -> dict:
     """The named outputs of `engine` for a batch of preprocessed pictures.
 
@@ -159,7 +159,7 @@ def run_engine(engine, batch, *, chunk: int = 256) -> dict:
 def _checked_batch(engine, batch):
     batch = np.ascontiguousarray(batch, dtype=np.float32)
     wanted = engine.input_shape
-    if batch.ndim != 4 or any(w not in (None, s) for w, s in zip(wanted, batch.shape[1:])):
+    if batch.ndim != len(wanted) + 1 or any(w not in (None, s) for w, s in zip(wanted, batch.shape[1:])):
         raise BundleError(f"a batch of shape {batch.shape} for a network that takes (n, {', '.join(map(str, wanted))})",
                           path=engine.path, remedy="preprocess the pictures with the bundle's own preprocessor")
     if not len(batch):
