@@ -105,11 +105,11 @@ def train_steps(model, draw, loss, *, steps: int, config: TrainConfig | None = N
     model.set_weights([a.numpy() for a in run.state.average])
     return run.history
 
-# %% ../../nbs/training/02c_loop.ipynb #0efd067c
+# %% ../../nbs/training/02c_loop.ipynb #365e79c0
 def _plan(model, config, steps, warmup, scales, save_every):
     """What two runs must share to be the same run."""
     used = {k: v for k, v in config.to_dict().items() if k in ("learning_rate", "weight_decay", "ema", "clip_norm", "seed")}
-    network = sha256_of(repr([(w.path, tuple(w.shape)) for w in model.weights]).encode())[:16]
+    network = sha256_of(repr([tuple(w.shape) for w in model.weights]).encode())[:16]    # no names: Keras numbers them by process
     return {"network": network, "steps": steps, "warmup": warmup, "scales": scales or {}, "save_every": save_every, **used}
 
 
