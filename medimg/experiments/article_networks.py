@@ -102,8 +102,8 @@ def _kept(run, name, make):
     with np.load(path, allow_pickle=False) as kept:
         return kept["value"]
 
-# %% ../../nbs/experiments/02_article_networks.ipynb #6633e067
-PATIENTS = {"ci": {"train": 4, "val": 3, "test": 3}, "full": {"train": 60, "val": 12, "test": 30}}
+# %% ../../nbs/experiments/02_article_networks.ipynb #eca0cdb6
+PATIENTS = {"ci": {"train": 3, "val": 1, "test": 1}, "full": {"train": 44, "val": 8, "test": 20}}
 
 
 def phantom_slices(seed: int, *, most: int = 4) -> dict:
@@ -289,9 +289,9 @@ def trained(run, key: str, build, contest, network: str, **how):
         model.set_weights([kept[f"arr_{i}"] for i in range(len(kept.files))])
     return model, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/experiments/02_article_networks.ipynb #f2355289
+# %% ../../nbs/experiments/02_article_networks.ipynb #5b800627
 #: Network -> its cases, and the CPU seconds of one training, for it and for the ResNet alike.
-CONTESTS = {"article-cnn": (ultrasound, 40.0), "gated-cnn": (radiographs, 12.0), "mlp-28": (lesions, 4.0), "lung-ct-cnn": (lung_slices, 30.0)}
+CONTESTS = {"article-cnn": (ultrasound, 12.0), "gated-cnn": (radiographs, 6.0), "mlp-28": (lesions, 2.0), "lung-ct-cnn": (lung_slices, 10.0)}
 
 
 def _duel(run, name):
