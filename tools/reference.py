@@ -16,8 +16,8 @@ description: "Every public name, what it does in one line, and the chapter that 
 
 <!-- Made by tools/reference.py; do not edit. -->
 '''
-ORDER = ["foundations", "data", "models", "training", "evaluation", "deployment"]
-PARTS = dict(zip(ORDER, ["Foundations", "Data", "Models", "Training", "Evaluation", "Deployment"]))
+ORDER = ["foundations", "data", "models", "training", "evaluation", "deployment", "experiments"]
+PARTS = dict(zip(ORDER, ["Foundations", "Data", "Models", "Training", "Evaluation", "Deployment", "Experiments"]))
 
 
 def module_pages():
