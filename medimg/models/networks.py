@@ -129,7 +129,7 @@ def _checked_logits(logits, task):
                           remedy="look for NaN in the input images or for diverged weights")
     return a
 
-# %% ../../nbs/models/03_networks.ipynb #d30352b4
+# %% ../../nbs/models/03_networks.ipynb #91f4eeb6
 _AXES = {1: "(features,)", 3: "(y, x, channels)", 4: "(z, y, x, channels)"}
 
 
@@ -143,10 +143,10 @@ def _input(shape, *, rank, least, name):
     return _keras().Input(shape, name="images")
 
 
-def _whole(shape, wanted, name):
-    """Refuse a shape that has the axes of none of `wanted`, each like "(y, x, channels)", or sizes that are no whole numbers."""
-    ranks = [w.count(",") + (not w.endswith(",)")) for w in wanted]
-    if len(shape) not in ranks or not all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) and s > 0 for s in shape):
+def _whole(shape, wanted, name, *, free=False):
+    """Refuse a shape that has the axes of none of `wanted`, each like "(y, x, channels)", or sides that are no whole numbers (`free`: None is one)."""
+    ranks, sizes = [w.count(",") + (not w.endswith(",)")) for w in wanted], [s for s in shape if not (free and s is None)]
+    if len(shape) not in ranks or not all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) and s > 0 for s in sizes):
         raise ConfigError(f"{name} cannot take the input shape {shape}", remedy=f"give {' or '.join(wanted)}, whole numbers")
 
 
@@ -373,7 +373,7 @@ class ModelEntry:
         module, _, name = self.target.partition(":")
         return getattr(import_module(module), name)
 
-# %% ../../nbs/models/03_networks.ipynb #ca71bad2
+# %% ../../nbs/models/03_networks.ipynb #dc5df3bb
 _HERE, _BOTH, _VOLUME = "medimg.models.networks", ("(y, x, channels)", "(z, y, x, channels)"), ("(z, y, x, channels)",)
 MODELS = {
     "resnet": ModelEntry("medimg.models.resnet:small_resnet", (28, 28, 1), 2, "small residual network, the default for 28 to 224 px",
@@ -384,14 +384,14 @@ MODELS = {
     "lung-ct-cnn": ModelEntry(f"{_HERE}:lung_ct_cnn", (256, 256, 3), 2, "two convolutions, flatten, dense"),
     "unet": ModelEntry("medimg.models.unet:unet", (256, 256, 1), 2, "an answer for each voxel, by a U-shaped network", "segmentation",
                        _BOTH, (32, 64, 64, 1)),
-    "detector": ModelEntry("medimg.models.detector:centre_detector", (256, 256, 1), 2, "lesions as peaks of a heat map, with their size", "detection",
+    "detector": ModelEntry("medimg.models.detector:centre_detector", (256, 256, 1), 3, "lesions as peaks of a heat map, with their size", "detection",
                            _BOTH, (32, 64, 64, 1)),
     "cnn-rnn": ModelEntry("medimg.models.sequence:cnn_rnn", (32, 64, 64, 1), 2, "a sequence of slices read by a recurrent network", axes=_VOLUME),
     "mil": ModelEntry("medimg.models.sequence:attention_mil", (32, 64, 64, 1), 2, "attention over a bag of instances, one answer for the bag",
                       axes=("(instances, y, x, channels)",)),
 }
 
-# %% ../../nbs/models/03_networks.ipynb #ae7a87b2
+# %% ../../nbs/models/03_networks.ipynb #9c7ba282
 def build_model(name: str, input_shape, classes: int, *, task: str | None = None, seed: int | None = None, **options):
     """A network by its name in `MODELS`, with random weights and one output, the logits.
 
@@ -400,7 +400,8 @@ def build_model(name: str, input_shape, classes: int, *, task: str | None = None
     name : str
         A key of `MODELS`; `medimg.models.costs.list_models` prints them all.
     input_shape : tuple (y, x, c), (z, y, x, c), (instances, y, x, c) or (features,)
-        Without the batch axis, in pixels and channels; which of them a network takes stands in its `MODELS[name].axes`.
+        Without the batch axis, in pixels and channels; which of them a network takes stands in its `MODELS[name].axes`. Networks for segmentation and
+        detection may take None for a side that is open.
     classes : int
         How many classes there are, "normal" or "background" included; for detection how many kinds of lesion.
     task : {"binary", "multiclass", "multilabel", "ordinal"}, optional
@@ -431,7 +432,8 @@ def build_model(name: str, input_shape, classes: int, *, task: str | None = None
         raise ConfigError(f"unknown model {name!r}", remedy=nearest(str(name), MODELS))
     entry = MODELS[name]
     task = task_of(classes, task or ("multilabel" if entry.kind == "detection" else None))
-    _whole(tuple(input_shape) if isinstance(input_shape, (tuple, list)) else (input_shape,), entry.axes, name)
+    shape = tuple(input_shape) if isinstance(input_shape, (tuple, list)) else (input_shape,)
+    _whole(shape, entry.axes, name, free=entry.kind in ("segmentation", "detection"))
     function = entry.function()
     known = [p for p, spec in inspect.signature(function).parameters.items() if spec.kind is spec.KEYWORD_ONLY and p != "task"]
     for option in options:
