@@ -4,31 +4,37 @@
 
 # %% auto #0
 __all__ = ['COHORTS', 'PLANS', 'RATES', 'Plan', 'nodule_draw', 'score_scan', 'sensitivities', 'train_detector', 'second_set',
-           'second_draw', 'train_second']
+           'second_draw', 'train_second', 'search_scan', 'merged', 'choose_weight', 'quality', 'train_pair',
+           'cpm_figure', 'look_at_test', 'nodule_detection', 'nodule_figures', 'boxed_phantoms', 'box_draw', 'best_box',
+           'usual_boxes', 'nih_boxes', 'box_figures']
 
-# %% ../../nbs/experiments/04_detection.ipynb #1d5442cd
+# %% ../../nbs/experiments/04_detection.ipynb #044a1e14
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..config import write_atomic
+from ..config import atomic_path, set_seed, sha256_of, write_atomic
+from ..data.boxes import box_iou, box_of
+from ..data.datasets import load_dataset
 from ..data.lungs import segment_lungs
+from ..data.phantom import PHANTOM_VERSION, phantom_cxr
 from ..data.phantom_cohort import phantom_cohort
 from ..data.phantom_realism import blob_candidates
 from ..errors import ConfigError
-from .nodules import KINDS, crowd, cut, free_places, lung_scan
-from .protocol import Clock, plain_figure
+from ..evaluation.metrics import auc
+from .nodules import KINDS, crowd, cut, lung_scan
+from .protocol import difference_figure, plain_figure, seeds_figure
 from ..models.candidates import Detection, candidate_net, find_lesions, hu_to_unit, judge
-from ..models.detector import centre_detector, centre_targets, detection_loss
+from ..models.detector import centre_detector, centre_targets, decode, detection_loss
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04_detection.ipynb #44755312
-#: Cohorts of `phantom_cohort`: nobody is in two of them.
-COHORTS = {"train": 10, "validation": 11, "test": 1}
+# %% ../../nbs/experiments/04_detection.ipynb #aea66eca
+#: Cohorts of `phantom_cohort`: nobody is in two of them. The test cohort is for the full profile; smaller ones rehearse on another.
+COHORTS = {"train": 10, "validation": 11, "test": 1, "rehearsal": 13}
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Plan:
 
 
 PLANS = {"ci": Plan(2, 1, 2, 8, 5.0, 32, 2, 4, 4, 4, 8, 12), "course": Plan(6, 2, 4, 12, 4.0, 32, 4, 60, 8, 40, 16, 16),
-         "full": Plan(160, 30, 100, 12, 2.0, 48, 4, 1600, 16, 500, 32)}
+         "full": Plan(160, 30, 100, 12, 2.0, 48, 4, 1000, 16, 300, 24)}
 
 # %% ../../nbs/experiments/04_detection.ipynb #539e1ca4
 def nodule_draw(scans, plan: Plan, *, seed: int = 0):
@@ -193,7 +199,7 @@ def sensitivities(parts) -> np.ndarray:
     at = [int(rate * len(parts)) for rate in RATES]
     return np.array([(hits > (alarms[k] if k < len(alarms) else -np.inf)).mean() for k in at])
 
-# %% ../../nbs/experiments/04_detection.ipynb #6d325224
+# %% ../../nbs/experiments/04_detection.ipynb #aa7339ec
 def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
     """Train the first network.
 
@@ -211,14 +217,13 @@ def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool
     model : keras.Model
     history : list of dict
     """
-    from medimg.config import set_seed
     set_seed(seed)
     model = centre_detector((None, None, None, 1), len(KINDS), width=plan.width)
     history = train_steps(model, nodule_draw(scans, plan, seed=seed), detection_loss(3, len(KINDS)), steps=plan.steps,
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-4, ema=0.995, clip_norm=5.0, seed=seed), out=out, progress=progress)
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #734a8931
+# %% ../../nbs/experiments/04_detection.ipynb #81c0823f
 def second_set(scans, found, plan: Plan) -> dict:
     """What the second network learns from: cubes around the nodules, and around the first network's false alarms.
 
@@ -278,11 +283,581 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
 def train_second(data, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
     """Train the second network; parameters as in `train_detector`, `data` from `second_set`."""
     import keras
-
-    from medimg.config import set_seed
     set_seed(seed)
     model = candidate_net((plan.cube,) * 3 + (1,), 1 + len(KINDS), width=plan.width)
     history = train_steps(model, second_draw(data, plan, seed=seed), lambda y, p: keras.ops.mean(keras.losses.categorical_crossentropy(y, p, from_logits=True)),
                           steps=plan.second_steps, out=out, progress=progress,
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-3, ema=0.99, clip_norm=1.0, seed=seed))
     return model, history
+
+# %% ../../nbs/experiments/04_detection.ipynb #ff73bb18
+def search_scan(first, second, scan, plan: Plan, *, lungs=None) -> list:
+    """Both looks at one scan, with the scores of each kept apart.
+
+    Parameters
+    ----------
+    first, second : callable
+        The two networks, on batches of arrays; second may be None.
+    scan : LungScan
+    plan : Plan
+    lungs : array, (z, y, x), optional
+        From `medimg.data.lungs.segment_lungs`; made here when absent.
+
+    Returns
+    -------
+    list of dict
+        `detection` (of the first look) and `second` (the second look's own score and kinds, or None).
+    """
+    lungs = segment_lungs(scan.volume) if lungs is None else lungs
+    found = find_lesions(first, scan.volume, kinds=KINDS, mask=lungs > 0, top=40)
+    looks = judge(second, scan.volume, found, kinds=KINDS, size=plan.cube, weight=1.0) if second else []
+    return [{"detection": one, "second": next((look for look in looks if look.centroid_mm == one.centroid_mm), None)} for one in found]
+
+
+def merged(rows, weight: float) -> list:
+    """The list of detections with the mean of both looks' logits as score, and the second look's kind.
+
+    Parameters
+    ----------
+    rows : list of dict
+        From `search_scan`.
+    weight : float, 0 to 1
+        Of the second look; 0 is the first look alone, its kinds included.
+
+    Returns
+    -------
+    list of Detection, best first
+
+    Examples
+    --------
+    >>> one = Detection("nodule", 0.5, "solid", (0.0, 0.0, 0.0), 5.0)
+    >>> merged([{"detection": one, "second": replace(one, score=0.9, kind="ground-glass")}], 0.5)[0].score
+    0.75
+    """
+    def logit(p):
+        return np.log(np.clip(p, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(p, 1e-6, 1 - 1e-6))
+    out = []
+    for row in rows:
+        one, look = row["detection"], row["second"]
+        if weight and look:
+            score = 1 / (1 + np.exp(-(1 - weight) * logit(one.score) - weight * logit(look.score)))
+            one = replace(one, score=round(float(score), 6), kind=look.kind, kind_scores=look.kind_scores)
+        out.append(one)
+    return sorted(out, key=lambda one: -one.score)
+
+# %% ../../nbs/experiments/04_detection.ipynb #c256d87b
+def choose_weight(found, scans, *, weights=(0.0, 0.25, 0.5, 0.75, 1.0)) -> tuple:
+    """The share of the second look with the highest CPM on validation scans.
+
+    Parameters
+    ----------
+    found : list of list of dict
+        From `search_scan`, one a scan.
+    scans : sequence of LungScan
+    weights : sequence of float
+
+    Returns
+    -------
+    (float, dict)
+        The weight, and the CPM of each.
+    """
+    cpm = {w: round(float(sensitivities([score_scan(merged(rows, w), scan.nodules) for rows, scan in zip(found, scans)]).mean()), 4) for w in weights}
+    return max(cpm, key=cpm.get), cpm
+
+
+def quality(found, scans) -> dict:
+    """How well found nodules are placed, measured and named, at one false alarm a scan.
+
+    Parameters
+    ----------
+    found : list of list of Detection
+    scans : sequence of LungScan
+
+    Returns
+    -------
+    dict
+        `centre_mm`, `diameter_mm` (absolute errors) and `kind_right` (bool), arrays with one value a found nodule; `scan` (int), whose it is; `threshold`.
+    """
+    parts = [score_scan(one, scan.nodules) for one, scan in zip(found, scans)]
+    alarms = np.sort(np.concatenate([part[1] for part in parts]))[::-1]
+    limit, rows = float(alarms[len(scans)]) if len(alarms) > len(scans) else 0.0, []
+    for number, (detections, scan, (hits, _, best)) in enumerate(zip(found, scans, parts)):
+        targets = [one for one in scan.nodules if one.diameter_mm >= 4.0]
+        for nodule, score, k in zip(targets, hits, best):
+            if score > limit:
+                one = detections[k]
+                rows.append((np.linalg.norm(np.subtract(one.centroid_mm, nodule.centroid_mm)), abs(one.diameter_mm - nodule.diameter_mm), one.kind == nodule.kind, number))
+    centre, diameter, right, number = (np.array(column) for column in zip(*rows)) if rows else (np.zeros(0),) * 4
+    return {"centre_mm": centre, "diameter_mm": diameter, "kind_right": right.astype(bool), "scan": number.astype(int), "threshold": limit}
+
+# %% ../../nbs/experiments/04_detection.ipynb #b8a84e42
+def _people(run, name, plan):
+    return phantom_cohort(getattr(plan, name), seed=COHORTS["rehearsal" if name == "test" and run.profile != "full" else name])
+
+
+def _scans(run, name, plan):
+    """The scans of one cohort; those to learn from are crowded."""
+    people = _people(run, name, plan)
+    return [lung_scan(crowd(one, plan.crowded) if name == "train" else one, spacing_mm=plan.spacing_mm, folder=run.out / "scans") for one in people]
+
+
+def _fast(model):
+    """The network as a compiled function from arrays to arrays; on a CPU faster here than its ONNX graph."""
+    import tensorflow as tf
+    call = tf.function(lambda x: model(x, training=False), input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)])
+    return lambda x: call(x).numpy()
+
+
+def _kept(path, make):
+    """What `make` returned at an earlier call, from a JSON file, or now; lists of lists of rows as `search_scan` makes them."""
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [[{name: one and Detection(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for name, one in row.items()} for row in rows] for rows in found]
+    found = make()
+    write_atomic(path, json.dumps([[{name: one and asdict(one) for name, one in row.items()} for row in rows] for rows in found]))
+    return found
+
+
+def _alarms(first, scans):
+    """The first look at scans to learn from, within the box around the lungs."""
+    out = []
+    for scan in scans:
+        box = np.zeros(scan.volume.shape, bool)
+        box[tuple(slice(a, b + 1) for a, b in zip(scan.places.min(0), scan.places.max(0)))] = True
+        out.append([{"detection": one, "second": None} for one in find_lesions(first, scan.volume, kinds=KINDS, mask=box, top=20)])
+    return out
+
+
+def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
+    """Both networks of one seed, and the weight of the second look, chosen on validation scans.
+
+    Parameters
+    ----------
+    run : Run
+        Its `out` keeps the trainings.
+    plan : Plan
+    seed : int
+    learn, tune : sequence of LungScan
+        To train on, and to choose on.
+
+    Returns
+    -------
+    dict
+        `first`, `second` (callables), `weight`, `validation_cpm` (by weight), `cpu_s` of both trainings.
+    """
+    from medimg.models.blocks import _keras
+    _keras()
+    folder = run.out / f"seed-{seed}"
+    model, history = train_detector(learn, plan, seed=seed, out=folder / "first", progress=run.progress)
+    first = _fast(model)
+    alarms = _kept(folder / "alarms.json", lambda: _alarms(first, learn))
+    data = second_set(learn, [[row["detection"] for row in rows] for rows in alarms], plan)
+    run.say(f"seed {seed}: first look trained; {int((data['labels'] == 0).sum())} false alarms and {int((data['labels'] > 0).sum())} nodules for the second")
+    judge_model, later = train_second(data, plan, seed=seed, out=folder / "second", progress=run.progress)
+    second = _fast(judge_model)
+    weight, cpm = choose_weight(_kept(folder / "validation.json", lambda: [search_scan(first, second, scan, plan) for scan in tune]), tune)
+    run.say(f"seed {seed}: CPM on validation by weight of the second look {cpm}")
+    return {"seed": seed, "first": first, "second": second, "weight": weight, "validation_cpm": {str(w): v for w, v in cpm.items()},
+            "cpu_s": round(history[-1]["cpu_s"] + later[-1]["cpu_s"], 1), "wall_s": round(history[-1]["seconds"] + later[-1]["seconds"], 1)}
+
+# %% ../../nbs/experiments/04_detection.ipynb #937f4bc2
+def _boot(parts_by_seed, others=None, *, n_boot=1000, part=None):
+    """(low, high) of the mean CPM over seeds, or of its difference from `others`; whole scans are drawn."""
+    rng, n, values = np.random.default_rng(0), len(parts_by_seed[0]), []
+    for _ in range(n_boot):
+        rows = rng.integers(0, n, n)
+        try:
+            value = np.mean([sensitivities([parts[k] for k in rows]).mean() for parts in parts_by_seed])
+            values.append(value - sensitivities([others[k] for k in rows]).mean() if others else value)
+        except ConfigError:             # no nodule in any of the drawn scans
+            continue
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+
+
+def cpm_figure(parts_by_seed, *, others=None, target=None) -> dict:
+    """The CPM, mean over seeds, with an interval over scans; with `others` the paired difference.
+
+    Parameters
+    ----------
+    parts_by_seed : list of list of (hits, alarms)
+        For each seed, for each scan, from `score_scan`.
+    others : list of (hits, alarms), optional
+        Of the method to subtract.
+    target : float, optional
+
+    Returns
+    -------
+    dict
+        As `medimg.experiments.protocol.seeds_figure`.
+
+    Examples
+    --------
+    >>> parts = [(np.array([0.9, 0.2]), np.array([0.5])), (np.array([0.7]), np.array([0.1]))]
+    >>> cpm_figure([parts])["value"] > 0.5, cpm_figure([parts], others=parts)["value"]
+    (True, 0.0)
+    """
+    values = [float(sensitivities(parts).mean()) for parts in parts_by_seed]
+    base = float(sensitivities(others).mean()) if others else 0.0
+    low, high = _boot(parts_by_seed, others)
+    return plain_figure(np.mean(values) - base, low=low, high=high, interval=f"{'paired ' if others else ''}bootstrap, 1000 resamples of {len(parts_by_seed[0])} scans",
+                        values=values, sd=float(np.std(values, ddof=1)) if len(values) > 1 else None, n=len(parts_by_seed[0]),
+                        **({} if target is None else {"target": target}))
+
+
+def _of_kind(parts, scans, kind):
+    """Only the nodules of one kind; the alarms of all."""
+    return [(hits[[one.kind == kind for one in scan.nodules if one.diameter_mm >= 4.0]], alarms) for (hits, alarms), scan in zip(parts, scans)]
+
+
+def _over_scans(values, scan, statistic=np.median, n_boot=1000):
+    """Statistic of values with an interval over scans."""
+    rng, groups = np.random.default_rng(0), [values[scan == k] for k in np.unique(scan)]
+    draws = [statistic(np.concatenate([groups[k] for k in rng.integers(0, len(groups), len(groups))])) for _ in range(n_boot)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return plain_figure(statistic(values), low=float(low), high=float(high), interval=f"bootstrap, {n_boot} resamples of {len(groups)} scans", n=len(values))
+
+# %% ../../nbs/experiments/04_detection.ipynb #dd9a69a4
+def look_at_test(run, plan: Plan, pairs) -> dict:
+    """The one look at the test cohort: both networks of each seed, and the yardstick, on every scan.
+
+    Parameters
+    ----------
+    run : Run
+    plan : Plan
+    pairs : list of dict
+        From `train_pair`.
+
+    Returns
+    -------
+    dict
+        `scans`; `rows` (by seed, by scan, from `search_scan`); `log` (by scan, candidates of the Laplacian of Gaussians); `cpu_s` by step, a scan.
+    """
+    people = _people(run, "test", plan)
+    checksum = sha256_of(json.dumps([one.truth() for one in people], sort_keys=True).encode())
+    run.read_test((f"phantom-v1-cohort-{people[0].cohort}", checksum), f"{plan.test} scans at {plan.spacing_mm:g} mm", metric="CPM")
+    scans, lungs, spent = _scans(run, "test", plan), {}, {}
+
+    def found(pair):
+        return [search_scan(pair["first"], pair["second"], scan, plan, lungs=lungs[scan.patient.patient_id]) for scan in scans]
+    rows = [run.out / f"seed-{pair['seed']}" / "test.json" for pair in pairs]
+    if not all(path.is_file() for path in rows):
+        clock = time.process_time()
+        lungs.update((scan.patient.patient_id, segment_lungs(scan.volume)) for scan in scans)
+        spent["lungs"] = round((time.process_time() - clock) / len(scans), 2)
+        clock = time.process_time()
+    rows = [_kept(path, lambda pair=pair: found(pair)) for path, pair in zip(rows, pairs)]
+    if spent:
+        spent["both_looks"] = round((time.process_time() - clock) / len(scans) / len(pairs), 2)
+    clock = time.process_time()
+    log = [list(zip(*blob_candidates(scan.volume))) for scan in scans]
+    spent["yardstick"] = round((time.process_time() - clock) / len(scans), 2)
+    return {"scans": scans, "rows": rows, "log": log, "cpu_s": _remember(run.out / "cost.json", spent)}
+
+
+def _remember(path, spent):
+    """The cost of steps that this call did not repeat is that of the call that did."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_atomic(path, json.dumps(known | spent))
+    return known | spent
+
+
+def nodule_detection(run) -> dict:
+    """The experiment `nodule-detection`: nodules of 4 mm or more in unseen phantom scans.
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    dict
+        `figures` and `about`, as `medimg.experiments.protocol.run_experiment` stores them.
+    """
+    plan = PLANS[run.profile]
+    learn, tune = _scans(run, "train", plan), _scans(run, "validation", plan)
+    pairs = [train_pair(run, plan, seed, learn, tune) for seed in run.seeds]
+    seen = look_at_test(run, plan, pairs)
+    both = [[merged(rows, pair["weight"]) for rows in by_scan] for by_scan, pair in zip(seen["rows"], pairs)]
+    alone = [[merged(rows, 0.0) for rows in by_scan] for by_scan in seen["rows"]]
+    return {"figures": nodule_figures(both, alone, seen["log"], seen["scans"]), "about": _about(plan, pairs, both, seen)}
+
+
+def nodule_figures(both, alone, log, scans) -> dict:
+    """Every figure of the nodule experiment from the lists of candidates.
+
+    Parameters
+    ----------
+    both, alone : by seed, by scan, list of Detection
+        After and before the second look.
+    log : by scan, list of (point, score)
+        Of the yardstick.
+    scans : sequence of LungScan
+
+    Returns
+    -------
+    dict
+    """
+    def parts(lists):
+        return [score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]
+    ours, first, yardstick = [parts(one) for one in both], [parts(one) for one in alone], parts(log)
+    figures = {"cpm": cpm_figure(ours, target=0.85), "cpm_log_yardstick": cpm_figure([yardstick]), "cpm_gain": cpm_figure(ours, others=yardstick, target=0.25),
+               "cpm_first_look_only": cpm_figure(first)}
+    for kind in KINDS:
+        if any(len(hits) for hits, _ in _of_kind(yardstick, scans, kind)):
+            name = kind.replace("-", "_")
+            figures[f"cpm_{name}"] = cpm_figure([_of_kind(one, scans, kind) for one in ours])
+            figures[f"cpm_log_{name}"] = cpm_figure([_of_kind(yardstick, scans, kind)])
+    every = [quality(one, scans) for one in both]
+    found = {name: np.concatenate([one[name] for one in every]) for name in ("centre_mm", "diameter_mm", "kind_right", "scan")}
+    if len(found["scan"]):
+        figures["centre_error"] = _over_scans(found["centre_mm"], found["scan"]) | {"unit": "mm", "target": 2.0, "at_most": True}
+        figures["diameter_error"] = _over_scans(found["diameter_mm"], found["scan"]) | {"unit": "mm", "target": 1.0, "at_most": True}
+        figures["kind_accuracy"] = _over_scans(found["kind_right"], found["scan"], np.mean) | {"target": 0.9}
+    return figures
+
+
+def _about(plan, pairs, both, seen):
+    scans = seen["scans"]
+    curve = np.mean([sensitivities([score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]) for lists in both], axis=0)
+    log = sensitivities([score_scan(one, scan.nodules)[:2] for one, scan in zip(seen["log"], scans)])
+    firsts = np.mean([sensitivities([score_scan(merged(rows, 0.0), scan.nodules)[:2] for rows, scan in zip(lists, scans)]) for lists in seen["rows"]], axis=0)
+    return {"plan": asdict(plan), "cohorts": COHORTS, "nodules_4_mm_or_more": int(sum(one.diameter_mm >= 4 for scan in scans for one in scan.nodules)),
+            "alarms_per_scan": list(RATES), "sensitivity": np.round(curve, 4).tolist(), "sensitivity_log": np.round(log, 4).tolist(),
+            "sensitivity_first_look_only": np.round(firsts, 4).tolist(), "cpu_s_per_scan": seen["cpu_s"],
+            "chosen_on": "30 scans of cohort 11: the weight of the second look; everything else was fixed before",
+            "seeds": [{key: pair[key] for key in ("weight", "validation_cpm", "cpu_s", "wall_s")} for pair in pairs]}
+
+# %% ../../nbs/experiments/04_detection.ipynb #5e3cd0ec
+#: Profile -> phantom radiographs, steps on them, steps on the real boxes, real images, folds, width and levels of the network.
+_BOXES = {"ci": (6, 3, 2, 20, 2, 4, 2), "course": (60, 120, 40, 200, 5, 16, 4), "full": (200, 500, 150, None, 5, 16, 4)}
+
+
+def boxed_phantoms(n: int, *, seed: int = 5, folder=None) -> dict:
+    """Phantom radiographs at 128 px, most with an opacity, and the box around it.
+
+    Parameters
+    ----------
+    n : int
+    seed : int
+        Of `phantom_cxr`.
+    folder : str or Path, optional
+        Where they are kept; an image costs a quarter of a second of one core.
+
+    Returns
+    -------
+    dict
+        `images` (n, 128, 128) uint8; `boxes` (n, 1, 4) float, (y0, x0, y1, x1) half-open, NaN for none; `patient_ids` (n,) str.
+
+    Examples
+    --------
+    >>> boxed_phantoms(2)["boxes"].shape
+    (2, 1, 4)
+    """
+    path = folder and Path(folder) / f"radiographs-{PHANTOM_VERSION}-{n}-{seed}.npz"
+    if path and path.is_file():
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(kept)
+    made = phantom_cxr(n, seed=seed, size=128, positive=0.8)
+    boxes = [box_of(mask) for mask in made["masks"]]
+    out = {"images": made["images"], "patient_ids": made["patient_ids"], "boxes": np.array([[box.edges if box else [np.nan] * 4] for box in boxes])}
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as tmp, open(tmp, "wb") as file:
+            np.savez_compressed(file, **out)
+    return out
+
+
+def box_draw(images, boxes, *, seed: int = 0, batch: int = 8):
+    """Batches for a 2-D detector of boxes: three images of four have one; mirrored, moved by up to 8 pixels, lighter or darker.
+
+    Parameters
+    ----------
+    images : array (n, y, x), uint8
+    boxes : array (n, k, 4), float
+        (y0, x0, y1, x1), NaN for none.
+    seed, batch : int
+
+    Returns
+    -------
+    callable
+        `draw(step) -> (x, y)` as `medimg.training.loop.train_steps` wants it.
+    """
+    have = np.isfinite(boxes[:, 0, 0])
+    groups = [rows if len(rows) else np.arange(len(images)) for rows in (np.flatnonzero(have), np.flatnonzero(~have))]
+
+    def draw(step):
+        rng, x, y = np.random.default_rng([seed, 2, step]), [], []
+        for slot in range(batch):
+            k = rng.choice(groups[slot % 4 == 3])
+            image, here, move = images[k] / 255.0, boxes[k][np.isfinite(boxes[k, :, 0])], rng.integers(-8, 9, 2)
+            image, here = np.roll(image, move, (0, 1)), here + np.tile(move, 2)
+            if rng.random() < 0.5:
+                image, here = image[:, ::-1], here[:, [0, 3, 2, 1]] * [1, -1, 1, -1] + [0, image.shape[1], 0, image.shape[1]]
+            x.append(np.clip(image * rng.uniform(0.85, 1.15) + rng.normal(0, 0.05), 0, 1)[..., None])
+            truth = {"index": (here[:, :2] + here[:, 2:]) / 2 - 0.5, "size": here[:, 2:] - here[:, :2], "kind": np.zeros(len(here), int)}
+            y.append(centre_targets(image.shape, truth, box=True))
+        return np.stack(x).astype(np.float32), np.stack(y)
+    return draw
+
+# %% ../../nbs/experiments/04_detection.ipynb #118c3d3f
+def _fit_boxes(run, name, images, boxes, *, steps, seed, start=None):
+    """A detector of boxes, from random weights or from those of `start`."""
+    set_seed(seed)
+    width, levels = _BOXES[run.profile][5:]
+    model = centre_detector((128, 128, 1), 1, width=width, levels=levels, box=True)
+    if start is not None:
+        model.set_weights(start.get_weights())
+    history = train_steps(model, box_draw(images, boxes, seed=seed), detection_loss(2, 1, box=True), steps=steps, out=run.out / name, progress=False,
+                          config=TrainConfig(learning_rate=5e-4 if start is not None else 2e-3, weight_decay=1e-3, ema=0.98, clip_norm=5.0, seed=seed))
+    return model, history[-1]["cpu_s"]
+
+
+def best_box(model, images) -> tuple:
+    """The surest box in each image.
+
+    Parameters
+    ----------
+    model : callable
+        A 2-D detector of one kind with `box=True`.
+    images : array (n, y, x), uint8
+
+    Returns
+    -------
+    boxes : array (n, 4), (y0, x0, y1, x1) in pixels
+    scores : array (n,), 0 to 1
+    """
+    boxes, scores = [], []
+    for k in range(0, len(images), 32):
+        for maps in np.asarray(model(np.float32(images[k:k + 32])[..., None] / 255)):
+            found = decode(maps, classes=1, box=True, threshold=1e-6, top=1)
+            middle, half = found["index"][0] + 0.5, found["size"][0] / 2
+            boxes.append(np.concatenate([middle - half, middle + half]))
+            scores.append(found["score"][0])
+    return np.array(boxes), np.array(scores)
+
+
+def usual_boxes(boxes, size: int) -> np.ndarray:
+    """What one would say without looking: the mean box on each side of the image, the more frequent side first.
+
+    Parameters
+    ----------
+    boxes : array (n, 4), (y0, x0, y1, x1)
+        Of the images to learn from.
+    size : int
+        Width of the images, in pixels.
+
+    Returns
+    -------
+    array (1 or 2, 4)
+
+    Examples
+    --------
+    >>> usual_boxes(np.array([[0.0, 0, 10, 10], [0, 0, 10, 12], [0, 50, 10, 60]]), 64).tolist()
+    [[0.0, 0.0, 10.0, 11.0], [0.0, 50.0, 10.0, 60.0]]
+    """
+    left = boxes[:, [1, 3]].mean(1) < size / 2
+    sides = sorted((boxes[left], boxes[~left]), key=len, reverse=True)
+    return np.array([side.mean(0) for side in sides if len(side)])
+
+
+def _inside(found, truth):
+    """Whether the centre of the found box lies in the true one; rows of (y0, x0, y1, x1)."""
+    centre = (found[:, :2] + found[:, 2:]) / 2
+    return ((centre >= truth[:, :2]) & (centre < truth[:, 2:])).all(1)
+
+# %% ../../nbs/experiments/04_detection.ipynb #f7a4e763
+def nih_boxes(run) -> dict:
+    """The experiment `nih-boxes`: can a detector learn pneumonia from 43 boxes, and does rehearsing on phantoms help.
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    dict
+        `figures` and `about`, as `medimg.experiments.protocol.run_experiment` stores them.
+    """
+    n, first, then, some, *_ = _BOXES[run.profile]
+    phantoms = boxed_phantoms(n, folder=run.out)
+    real = _real_boxes(run, some)
+    run.read_test((real["name"], real["checksum"]), "five folds, each by networks that did not see it", metric="centre in box")
+    answers = {"rehearsed": [], "real_only": [], "phantom_only": []}
+    spent = 0.0
+    for seed in run.seeds:
+        start, cpu = _fit_boxes(run, f"seed-{seed}/phantoms", phantoms["images"], phantoms["boxes"], steps=first, seed=seed)
+        spent += cpu
+        answers["phantom_only"].append(best_box(start, real["images"]))
+        for name, begin in (("rehearsed", start), ("real_only", None)):
+            crossed, cpu = _crossed(run, f"seed-{seed}/{name}", real, then if begin else then + first // 2, seed, begin)
+            answers[name].append(crossed)
+            spent += cpu
+    return {"figures": box_figures(answers, real), "about": _box_facts(run, real, phantoms, spent)}
+
+
+def _real_boxes(run, some):
+    """NIH images with a box, and without a finding; phantoms where the set is not there."""
+    data = load_dataset("nih-cxr-1000", task="detection", data=run.data, quiet=True)
+    if data.boxes is None or data.source.startswith("phantom"):
+        made = boxed_phantoms(30, seed=6)
+        fold = np.arange(30) % _BOXES[run.profile][4]
+        return {**made, "boxes": made["boxes"][:, 0], "fold": fold, "name": "phantom-cxr", "checksum": sha256_of(made["images"].tobytes())}
+    have = np.isfinite(data.boxes[:, 0, 0])
+    keep = np.sort(np.concatenate([np.flatnonzero(have), np.flatnonzero(~have)[:some]]))
+    return {"images": data.images[keep], "boxes": data.boxes[keep, 0], "patient_ids": data.patient_ids[keep], "fold": np.asarray(data.meta["fold"])[keep] % _BOXES[run.profile][4],
+            "name": data.name, "checksum": data.checksum}
+
+
+def _crossed(run, name, real, steps, seed, start):
+    """Answers for each image by a network that saw only other folds' patients."""
+    boxes, scores, spent = np.zeros((len(real["fold"]), 4)), np.zeros(len(real["fold"])), 0.0
+    for fold in np.unique(real["fold"]):
+        out = real["fold"] == fold
+        model, cpu = _fit_boxes(run, f"{name}-{fold}", real["images"][~out], real["boxes"][~out][:, None], steps=steps, seed=seed, start=start)
+        boxes[out], scores[out] = best_box(model, real["images"][out])
+        spent += cpu
+    return (boxes, scores), spent
+
+
+def box_figures(answers, real) -> dict:
+    """Figures of `nih_boxes` from every network's surest box in each image.
+
+    Parameters
+    ----------
+    answers : dict of list of (boxes, scores)
+        By way of training, by seed.
+    real : dict
+        `boxes` (n, 4) NaN for none, `fold`, `patient_ids`, `images`.
+
+    Returns
+    -------
+    dict
+    """
+    have = np.isfinite(real["boxes"][:, 0])
+    truth, patients, side = real["boxes"][have], real["patient_ids"][have], real["images"].shape[2]
+    blind = np.array([usual_boxes(real["boxes"][have & (real["fold"] != fold)], side)[0] for fold in real["fold"][have]])
+
+    def pointing(y, p):
+        return float(_inside(p, y).mean())
+    found = {name: [boxes[have] for boxes, _ in each] for name, each in answers.items()}
+    figures = {f"centre_in_box_{name}": seeds_figure(pointing, truth, each, groups=patients) for name, each in found.items()}
+    figures["centre_in_box_usual_place"] = seeds_figure(pointing, truth, [blind], groups=patients)
+    figures["gain_over_usual_place"] = difference_figure(pointing, truth, found["rehearsed"], [blind], groups=patients)
+    figures["gain_of_rehearsal"] = difference_figure(pointing, truth, found["rehearsed"], found["real_only"], groups=patients)
+    figures["iou_rehearsed"] = seeds_figure(_mean_iou, truth, found["rehearsed"], groups=patients)
+    figures["iou_usual_place"] = seeds_figure(_mean_iou, truth, [blind], groups=patients)
+    figures["auc_of_surest_score"] = seeds_figure(auc, have.astype(int), [scores for _, scores in answers["rehearsed"]], groups=real["patient_ids"])
+    return figures
+
+
+def _mean_iou(y, p):
+    """Mean overlap of pairs of boxes: intersection over union."""
+    return float(np.mean([box_iou(a[None], b[None])[0, 0] for a, b in zip(y, p)]))
+
+
+def _box_facts(run, real, phantoms, spent):
+    have = np.isfinite(real["boxes"][:, 0])
+    return {"images_with_box": int(have.sum()), "images_without": int((~have).sum()), "patients_with_box": len(np.unique(real["patient_ids"][have])),
+            "phantoms": len(phantoms["images"]), "training_cpu_s": round(spent, 1), "plan": dict(zip(("phantoms", "steps_phantoms", "steps_real"), _BOXES[run.profile])),
+            "chosen_on": "phantoms; nothing was chosen on the real boxes, so each image is answered once, by networks that did not see its patient",
+            "left_out": "six of the 49 boxes are not of pneumonia; the set's detection task has the 43 that are"}
