@@ -206,7 +206,7 @@ def export_onnx(model, path) -> Path:
         tmp.write_bytes(_named_graph(model, names))
     return Path(path)
 
-# %% ../../nbs/deployment/02_engine.ipynb #b014879e
+# %% ../../nbs/deployment/02_engine.ipynb #3642d86b
 def _named_graph(model, names):
     import logging
     import tempfile
@@ -228,13 +228,28 @@ def _named_graph(model, names):
     return proto.SerializeToString(deterministic=True)
 
 
+def _graphs(graph):
+    """The graph, and those inside its loops and branches, such as the one that a recurrent layer becomes."""
+    yield graph
+    for inner in (g for node in graph.node for a in node.attribute for g in ([a.g] if a.HasField("g") else list(a.graphs))):
+        yield from _graphs(inner)
+
+
 def _rename(graph, names):
     """Chosen names outside, numbers inside: the file then tells nothing of the session that made it."""
-    for node in graph.node:
-        for name in (*node.input, *node.output):
+    for g in _graphs(graph):
+        own = [] if g is graph else [value.name for value in (*g.input, *g.output, *g.initializer)]
+        for name in (*own, *(n for node in g.node for n in (*node.input, *node.output))):
             names.setdefault(name, f"v{len(names)}" if name else "")
-    for k, node in enumerate(graph.node):
+    nodes = (node for g in _graphs(graph) for node in g.node)
+    for k, node in enumerate(nodes):
         node.input[:], node.output[:], node.name, node.doc_string = [names[i] for i in node.input], [names[o] for o in node.output], f"n{k}", ""
+    for k, g in enumerate(_graphs(graph)):
+        _rename_values(g, names)
+        g.name, g.doc_string = f"g{k}", ""
+
+
+def _rename_values(graph, names):
     for value in [*graph.input, *graph.output, *graph.initializer]:
         value.name = names.get(value.name, value.name)
     tables = sorted((t for t in graph.initializer), key=lambda t: (len(t.name), t.name))
