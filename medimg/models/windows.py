@@ -88,13 +88,13 @@ def window_weights(size: int, window: int, overlap: float = 0.25, *, blend: str 
         total[s:s + window] += one
     return np.stack([one / total[s:s + window] for s in starts])
 
-# %% ../../nbs/models/06a_windows.ipynb #dd2ad0a9
+# %% ../../nbs/models/06a_windows.ipynb #17c9b966
 def _caller(predict):
     """`batch -> logits` as a float32 array, from a function, a Keras model, or anything with `run(batch) -> {"logits": …}`."""
     if hasattr(predict, "run"):
         answer = predict.run
-    elif hasattr(predict, "predict_on_batch"):
-        answer = predict.predict_on_batch
+    elif hasattr(predict, "predict_on_batch"):      # a Keras model, in its inference mode
+        answer = functools.partial(predict, training=False)
     elif callable(predict):
         answer = predict
     else:
