@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'EXTRACTORS', 'grouped_folds', 'fit_rows', 'choose_params', 'NestedResult', 'nested_cv', 'icc',
            'selection_frequency', 'ClassicalPredictor', 'load_classical']
 
-# %% ../../nbs/models/10_classical.ipynb #a16649cc
+# %% ../../nbs/models/10_classical.ipynb #b39956a6
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ METHODS = {
     "logistic": tuple({"strength": c} for c in (0.01, 0.1, 1.0)),
     "svm": tuple({"cost": c, "gamma": g} for c in (1.0, 10.0) for g in (0.005, 0.03)),
     "forest": ({"least": 2}, {"least": 8}),
-    "boosting": ({"depth": 1, "trees": 150}, {"depth": 2, "trees": 100}, {"depth": 3, "trees": 60}),
+    "boosting": ({"depth": 1, "trees": 120}, {"depth": 3, "trees": 60}),
 }
 
 
@@ -91,7 +91,7 @@ def grouped_folds(y, groups=None, *, folds: int = 5, seed: int = 0) -> np.ndarra
         out[rows] = k
     return out
 
-# %% ../../nbs/models/10_classical.ipynb #44e7987b
+# %% ../../nbs/models/10_classical.ipynb #fe72033f
 def _estimator(method, seed, *, strength=1.0, cost=1.0, gamma=0.03, least=2, depth=2, trees=100):
     """The unfitted scikit-learn classifier of a method."""
     _sklearn()
@@ -100,7 +100,7 @@ def _estimator(method, seed, *, strength=1.0, cost=1.0, gamma=0.03, least=2, dep
     from sklearn.svm import SVC
     make = {"logistic": lambda: LogisticRegression(C=strength, max_iter=2000),
             "svm": lambda: SVC(C=cost, gamma=gamma, class_weight="balanced"),
-            "forest": lambda: RandomForestClassifier(200, min_samples_leaf=least, max_features="sqrt", random_state=seed),
+            "forest": lambda: RandomForestClassifier(100, min_samples_leaf=least, max_features="sqrt", random_state=seed),
             "boosting": lambda: GradientBoostingClassifier(n_estimators=trees, max_depth=depth, learning_rate=0.08, subsample=0.5, random_state=seed)}
     return make[method]()
 
