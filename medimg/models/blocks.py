@@ -106,7 +106,7 @@ def conv(x, filters, kernel=3, *, stride=1, use_bias=True, name=None):
     padding = "valid" if kernel == 1 else "same"        # alike for one pixel; "valid" is how the shipped networks name it
     return _layer("Conv", x)(filters, kernel, stride, padding=padding, use_bias=use_bias, kernel_initializer="he_normal", name=name)(x)
 
-# %% ../../nbs/models/02_blocks.ipynb #ec83e57e
+# %% ../../nbs/models/02_blocks.ipynb #d4230da5
 def norm(x, kind="batch", *, name=None):
     """The map, normalised to mean 0 and standard deviation 1, then scaled and shifted by trained numbers.
 
@@ -155,6 +155,8 @@ def _activate(x, activation, name):
         return x
     if activation == "relu":
         return _keras().layers.ReLU(name=f"{name}_relu")(x)
+    if activation == "gelu":        # its form with tanh: ONNX has no operator for the other
+        return _keras().ops.gelu(x, approximate=True)
     try:
         return _keras().layers.Activation(activation, name=f"{name}_{activation}")(x)
     except (ValueError, TypeError) as error:
