@@ -129,8 +129,9 @@ def _finished(images, pooled, classes, task, dropout, name):
     x = layers.Dropout(dropout, name="dropout")(x) if dropout else x
     return _keras().Model(images, _head(x, classes, task), name=name)
 
-# %% ../../nbs/models/08_sequence.ipynb #9209b2a9
-def cnn_rnn(input_shape, classes, *, task=None, cell="gru", units=32, bidirectional=True, read="last", filters=(8, 16, 32), norm="batch", dropout=0.1):
+# %% ../../nbs/models/08_sequence.ipynb #b233a616
+def cnn_rnn(input_shape, classes, *, task=None, cell="gru", units=32, bidirectional=True, read="last", memory=None, filters=(8, 16, 32), norm="batch",
+            dropout=0.1):
     """A 2-D network for each slice and a recurrent layer that reads the slices in order.
 
     Parameters
@@ -149,6 +150,8 @@ def cnn_rnn(input_shape, classes, *, task=None, cell="gru", units=32, bidirectio
         Read upwards and downwards, with a state each.
     read : {"last", "gated", "attention", "max", "mean"}
         The answer comes from the last state, or from the states at all slices, pooled.
+    memory : float, optional
+        First bias of the gate that keeps the state ("gru": update, "lstm": forget); 4 keeps 0.98 of it at each slice. None: Keras' own, 0 and 1.
     filters, norm, dropout
         As in `attention_mil`.
 
@@ -175,9 +178,22 @@ def cnn_rnn(input_shape, classes, *, task=None, cell="gru", units=32, bidirectio
     images, layers = _scan_input(input_shape, filters, "cnn-rnn"), _keras().layers
     h, real = _slices(images, filters, norm)
     layer = {"gru": layers.GRU, "lstm": layers.LSTM, "rnn": layers.SimpleRNN}[cell](units, return_sequences=read != "last", name="recurrence")
-    h = (layers.Bidirectional(layer, name="recurrence") if bidirectional else layer)(h, mask=real)
+    whole = layers.Bidirectional(layer, name="recurrence") if bidirectional else layer
+    h = whole(h, mask=real)
+    if memory is not None:
+        for part in (whole.forward_layer, whole.backward_layer) if bidirectional else (whole,):
+            _hold(part, cell, float(memory))
     pooled = h if read == "last" else _pool(layers.Identity(name="instances")(h), real, read, units)
     return _finished(images, pooled, classes, task, dropout, "cnn-rnn")
+
+# %% ../../nbs/models/08_sequence.ipynb #753456e9
+def _hold(layer, cell, bias):
+    """Start with the memory gate at this bias; see the page on recurrence."""
+    if cell == "rnn":
+        raise ConfigError("the plain cell has no gate that keeps its memory", remedy='leave out memory=, or use cell="gru"')
+    weights, m = layer.get_weights(), layer.units
+    weights[2][(0, slice(m)) if cell == "gru" else slice(m, 2 * m)] = bias
+    layer.set_weights(weights)
 
 # %% ../../nbs/models/08_sequence.ipynb #de839370
 def attention_model(model):
