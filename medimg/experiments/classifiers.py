@@ -109,7 +109,7 @@ def _costs(trained, limit_s):
     return plain_figure(np.mean([c["cpu_s"] for c in costs]), unit="CPU s", target=limit_s, at_most=True, values=[c["cpu_s"] for c in costs],
                         wall_s=[c["wall_s"] for c in costs])
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #9b5b025e
+# %% ../../nbs/experiments/01_classifiers.ipynb #18bcad00
 def without_copies(dataset) -> np.ndarray:
     """Which test images have no near-copy in training or validation.
 
@@ -121,7 +121,7 @@ def without_copies(dataset) -> np.ndarray:
     Returns
     -------
     bool array, (number of test images,)
-        In the order of `dataset.split("test")`.
+        In the order of `dataset.split("test")`; all of them for phantoms that stand in, which look alike at small sizes.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def without_copies(dataset) -> np.ndarray:
     [False, True]
     """
     alone = np.ones(len(dataset), bool)
-    for rows in find_leaks(dataset).across:
+    for rows in [] if dataset.meta.get("stand_in_for") else find_leaks(dataset).across:
         alone[rows] = False
     return alone[dataset.splits == "test"]
 
@@ -210,7 +210,7 @@ def two_off(y, y_hat) -> float:
     """
     return float(np.mean(np.abs(np.asarray(y) - np.asarray(y_hat)) >= 2))
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #f66acf3e
+# %% ../../nbs/experiments/01_classifiers.ipynb #ddff451c
 #: How the small ResNet is trained on RetinaMNIST.
 RETINA = Recipe("retina", "retinamnist", (),
                 TrainConfig(epochs=60, batch_size=32, learning_rate=3e-3, label_smoothing=0.05, weight_decay=0.05, keep="last", monitor="loss",
@@ -236,7 +236,7 @@ def resnet_retina(run) -> dict:
     >>> run_experiment("resnet-retina", profile="ci")["figures"]["accuracy"]["target"]      # doctest: +SKIP
     0.524
     """
-    raw, dataset = _loaded(run, "retinamnist", n=200)
+    raw, dataset = _loaded(run, "retinamnist")
     trained = [_fit(run, RETINA, dataset, seed) for seed in run.seeds]
     test, alone, more = dataset.split("test"), without_copies(raw), {"n_boot": _boots(run)}
     run.read_test(raw, model="resnet-retina", metric="macro auc, accuracy, kappa, two_off")
@@ -278,7 +278,7 @@ def _design(run, name, seed, train, x_val, *, task, classes, augment):
                           config=TrainConfig(learning_rate=3e-3, weight_decay=0.05, seed=seed), out=run.out / f"{task}-{name.replace(' ', '-')}-{seed}")
     return _answers(net, x_val, task), history[-1]["cpu_s"]
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #71f162f7
+# %% ../../nbs/experiments/01_classifiers.ipynb #f0e3fc34
 def _parts(run, name, seed):
     """Training tensors, validation images and labels of one seed."""
     if name == "pneumoniamnist":
@@ -286,10 +286,11 @@ def _parts(run, name, seed):
         plan, train, val = recipe("pneumonia"), dataset.split("train").take(1500), dataset.split("val")
         pre = plan.preprocessor(dataset.images)
         return to_tensors(train, pre), pre.batch(val.images), val.labels, plan.config.augment, dataset
-    raw = _loaded(run, name, n=200)[0]
+    raw = _loaded(run, name)[0]
     both = [i for i, s in enumerate(raw.splits) if s != "test"]
     dataset = replace(raw, **{k: getattr(raw, k)[both] for k in ("images", "labels", "splits")}, patient_ids=None, masks=None, meta={})
-    third = np.array([int(g, 16) % 3 for g in leak_groups(dataset)]) == seed % 3
+    alike = dataset.image_ids if raw.meta.get("stand_in_for") else leak_groups(dataset)        # phantoms all look alike at this size
+    third = np.array([int(g, 16) % 3 for g in alike]) == seed % 3
     x, y = RETINA.preprocessor(dataset.images).batch(dataset.images), dataset.labels.astype(np.int32)
     return Tensors(x[~third], y[~third], dataset.image_ids[~third]), x[third], y[third], RETINA.config.augment, dataset
 
@@ -348,7 +349,7 @@ def resnet_ablation(run) -> dict:
     return {"figures": figures, "about": {"cpu_s_of_one_training": cost, "judged_on": "PneumoniaMNIST's validation fold; thirds of RetinaMNIST's train + validation",
                                           "steps": {"pneumoniamnist": "60 of 64 images", "retinamnist": "160 of 32 images"}}}
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #ea94edfb
+# %% ../../nbs/experiments/01_classifiers.ipynb #53f982d9
 #: How much of the training labels is hidden, and what the loss makes of it.
 ARMS = {"all known": (0.0, "masked"), "half known, masked": (0.5, "masked"), "half known, silence is no": (0.5, "no")}
 
@@ -382,7 +383,7 @@ def hidden(labels, share: float, *, silence: str = "masked", seed: int = 0) -> n
 
 def _nih(run):
     """The thousand radiographs with their findings; for phantoms the one finding they have."""
-    raw = _loaded(run, "nih-cxr-1000", n=160, task="multilabel")[1]
+    raw = _loaded(run, "nih-cxr-1000", task="multilabel")[1]
     if raw.task == "multilabel":
         return raw, np.asarray(raw.labels), raw.classes
     return raw, np.asarray(raw.labels)[:, None], raw.classes[-1:]
@@ -411,7 +412,7 @@ def _share_called(y, p):
     """Mean probability over true prevalence, averaged over findings; 1 is right."""
     return float(np.mean(p.mean(axis=0) / np.maximum(y.mean(axis=0), 1e-9)))
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #907e5688
+# %% ../../nbs/experiments/01_classifiers.ipynb #48f48df1
 def nih_findings(run) -> dict:
     """Fourteen findings at once on 1,000 NIH radiographs of 64 px, with labels known, hidden, or taken for no.
 
@@ -439,7 +440,7 @@ def nih_findings(run) -> dict:
     nets = {arm: [_findings_net(run, arm, seed, x[train], labels[train], dataset.image_ids[train], x_test=x[test]) for seed in run.seeds]
             for arm in (list(ARMS)[1:2] if run.profile == "ci" else ARMS)}
     run.read_test(dataset, model="nih-findings", metric="auc by finding")
-    enough = np.flatnonzero(labels[test].sum(axis=0) >= (5 if run.profile == "ci" else 10))
+    enough = np.flatnonzero(labels[test].sum(axis=0) >= (3 if run.profile == "ci" else 10))
     y, groups = labels[test][:, enough], dataset.groups[test]
     answers = {arm: [p[:, enough] for p, _ in made] for arm, made in nets.items()}
     about = {"findings": {classes[c]: int(labels[test][:, c].sum()) for c in range(len(classes))}, "train_images": len(train), "test_images": len(test),
