@@ -237,18 +237,18 @@ def _one_level(t, z):
     share = both / (tf.reduce_sum(p, axes) + tf.reduce_sum(t, axes) + 1)
     return tf.reduce_mean(entropy) + 1 - tf.reduce_mean(share if single else share[:, 1:])
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #4f289698
+# %% ../../nbs/experiments/03_segmentation.ipynb #f7ed69b9
 #: Size of each experiment by profile: side in px, network, films a step, steps. Chosen by the time they may take, and on validation.
 PLANS = {
     "xray-lungs": {"ci": {"side": 64, "width": 4, "levels": 3, "stem": 1, "batch": 4, "steps": 6}, "course": {"side": 128, "width": 8, "levels": 4, "stem": 1, "batch": 4, "steps": 150},
                    "full": {"side": 256, "width": 16, "levels": 5, "stem": 2, "batch": 4, "steps": 800}},
     "xray-lungs-sites": {"ci": {"side": 64, "width": 4, "levels": 3, "stem": 1, "batch": 4, "steps": 4}, "course": {"side": 128, "width": 8, "levels": 4, "stem": 1, "batch": 4, "steps": 100},
-                         "full": {"side": 256, "width": 16, "levels": 5, "stem": 2, "batch": 4, "steps": 400}},
+                         "full": {"side": 256, "width": 16, "levels": 5, "stem": 2, "batch": 4, "steps": 300}},
     "breast-lesions": {"ci": {"side": 64, "width": 4, "levels": 3, "stem": 1, "batch": 4, "steps": 6}, "course": {"side": 128, "width": 8, "levels": 4, "stem": 1, "batch": 4, "steps": 150},
-                       "full": {"side": 128, "width": 16, "levels": 5, "stem": 1, "batch": 4, "steps": 500}},
+                       "full": {"side": 128, "width": 12, "levels": 5, "stem": 1, "batch": 4, "steps": 350}},
     "phantom-segmentation": {"ci": {"spacing_mm": 8.0, "window": (16, 16, 16), "width": 4, "levels": 3, "batch": 2, "steps": 5, "patients": (4, 2)},
                              "course": {"spacing_mm": 5.0, "window": (24, 32, 32), "width": 8, "levels": 3, "batch": 2, "steps": 60, "patients": (12, 4)},
-                             "full": {"spacing_mm": 3.5, "window": (32, 48, 48), "width": 8, "levels": 4, "batch": 2, "steps": 150, "patients": (30, 10)}}}
+                             "full": {"spacing_mm": 3.5, "window": (32, 48, 48), "width": 8, "levels": 4, "batch": 2, "steps": 100, "patients": (24, 8)}}}
 
 
 def trained_unet(films, rows, plan, seed, *, out=None, flip=False, progress=False):
@@ -294,8 +294,8 @@ def outlined(net, images, *, keep=None, batch: int = 8) -> np.ndarray:
 
     Parameters
     ----------
-    net : keras.Model
-        One logit a pixel.
+    net : keras.Model or callable
+        `net(x, training=False)`, one logit a pixel.
     images : array (n, y, x), uint8
         Display greys.
     keep : int, optional
@@ -317,7 +317,7 @@ def outlined(net, images, *, keep=None, batch: int = 8) -> np.ndarray:
     masks = np.concatenate([np.asarray(net(standardised(images[i:i + batch]), training=False))[..., 0] > 0 for i in range(0, len(images), batch)])
     return masks if keep is None else np.stack([fill_holes(largest_components(m, keep=keep)) for m in masks])
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #f69ed533
+# %% ../../nbs/experiments/03_segmentation.ipynb #fb40e671
 def _mean(_, scores):
     return float(np.mean(scores))
 
@@ -374,12 +374,19 @@ def xray_lungs(run) -> dict:
     run.read_test(films.key, model="unet", metric="dice, hd95")
     scores = [evaluate_masks(outlined(net, films.images[rows], keep=keep), films.masks[rows]) for net in nets]
     figures = _figures("", scores, films.groups[rows], run, dice=0.97, hd95=6.0)
+    if len(nets) > 1:
+        figures |= _figures("seeds_joined_", [evaluate_masks(outlined(_joined(nets), films.images[rows], keep=keep), films.masks[rows])], films.groups[rows], run)
     for site in sorted(set(films.sites[rows])):
         own = films.sites[rows] == site
         figures |= _figures(f"{site}_", [{k: v[own] for k, v in s.items()} for s in scores], films.groups[rows][own], run)
     figures["cpu_minutes"] = plain_figure(np.mean([c["cpu_s"] for c in costs]) / 60, unit="core-min a training", target=20, at_most=True)
     return {"figures": figures, "about": {"plan": plan, "data": films.source, "chosen_on": "validation", "pieces": chosen, "costs": list(costs),
                                           "worst": round(float(min(s["dice"].min() for s in scores)), 3)}}
+
+
+def _joined(nets):
+    """One answer of several networks: the mean of their logits."""
+    return lambda x, training: sum(net(x, training=training) for net in nets) / len(nets)
 
 
 def _few(run):

@@ -88,7 +88,7 @@ def window_weights(size: int, window: int, overlap: float = 0.25, *, blend: str 
         total[s:s + window] += one
     return np.stack([one / total[s:s + window] for s in starts])
 
-# %% ../../nbs/models/06a_windows.ipynb #17c9b966
+# %% ../../nbs/models/06a_windows.ipynb #bb930304
 def _caller(predict):
     """`batch -> logits` as a float32 array, from a function, a Keras model, or anything with `run(batch) -> {"logits": …}`."""
     if hasattr(predict, "run"):
@@ -106,8 +106,6 @@ def _caller(predict):
         if out.shape[:-1] != batch.shape[:-1]:
             raise ConfigError(f"the network answers {out.shape[1:]} to windows of {batch.shape[1:]}",
                               remedy="use a network with one logit vector for each voxel of its input")
-        if not np.isfinite(out).all():
-            raise MedimgError("the network answers NaN or infinity", remedy="look for diverged weights, or for values it was not trained on")
         return out
     return call
 
@@ -126,7 +124,7 @@ def _prepared(image, window):
     pads = [(n // 2, n - n // 2) for n in lack]
     return (np.pad(array, [*pads, (0, 0)], mode="edge") if any(lack) else array), pads
 
-# %% ../../nbs/models/06a_windows.ipynb #fee5b488
+# %% ../../nbs/models/06a_windows.ipynb #f91fc802
 def sliding_window(image, predict, window, *, overlap: float = 0.25, blend: str = "gaussian", batch_size: int = 1, workers: int = 1):
     """Logits for every voxel of an image of any size, from a network that sees one window at a time.
 
@@ -194,9 +192,18 @@ def _blended(array, call, places, window, batch_size, workers):
         for group, logits in zip(groups, _ahead(pool, answer, groups, workers)):
             out = np.zeros((*array.shape[:-1], logits.shape[-1]), np.float32) if out is None else out
             for place, z in zip(group, logits):
-                weight = functools.reduce(np.multiply.outer, [curve for _, curve in place])
-                out[where(place)] += z * weight[..., None]
+                out[where(place)] += _weighted(z, [curve for _, curve in place])
+    if not np.isfinite(out).all():
+        raise MedimgError("the network answers NaN or infinity", remedy="look for diverged weights, or for values it was not trained on")
     return out
+
+
+def _weighted(z, curves):
+    """Logits (…, x, units) times the weights of each axis; the last axis is unrolled, for NumPy is slow on an inner loop of two."""
+    rows = z.reshape(*z.shape[:-2], -1)
+    rows = rows * functools.reduce(np.multiply.outer, curves[:-1])[..., None]
+    rows *= np.repeat(curves[-1], z.shape[-1])
+    return rows.reshape(z.shape)
 
 
 def _ahead(pool, function, items, workers):
