@@ -62,7 +62,7 @@ def _together(images, parts, name):
     features = keras.ops.concatenate([f for f, _ in parts], axis=-1)
     return keras.Model(images, {"members": keras.ops.stack([z for _, z in parts], axis=1), "features": features}, name=name)
 
-# %% ../../nbs/models/11a_one_graph.ipynb #26361b5c
+# %% ../../nbs/models/11a_one_graph.ipynb #7d01a964
 def one_model(members, *, task: str, weights=None, space: str = "probability"):
     """An ensemble as one network that ends in logits, ready for `KerasPredictor` and for `export_onnx`.
 
@@ -107,18 +107,23 @@ def one_model(members, *, task: str, weights=None, space: str = "probability"):
 
 def _vote_sigmoid(z, weights, space):
     """Logits (n, units) of the members' (n, m, units), each unit a question of its own."""
-    ops, w = _keras().ops, weights.astype("float32")[None, :, None]
+    ops, z = _keras().ops, _members_last(z)
     if space == "logit":
-        return ops.sum(z * w, axis=1)
-    log_w = np.log(np.maximum(w, 1e-30))
-    return ops.logsumexp(ops.log_sigmoid(z) + log_w, axis=1) - ops.logsumexp(ops.log_sigmoid(-z) + log_w, axis=1)
+        return ops.sum(z * weights.astype("float32"), axis=-1)
+    log_w = np.log(np.maximum(weights, 1e-30)).astype("float32")
+    return ops.logsumexp(ops.log_sigmoid(z) + log_w, axis=-1) - ops.logsumexp(ops.log_sigmoid(-z) + log_w, axis=-1)
 
 
 def _vote_softmax(z, weights, space):
     """Logits (n, k) of the members' (n, m, k), the classes excluding each other."""
-    ops, w = _keras().ops, weights.astype("float32")[None, :, None]
-    log_p = ops.log_softmax(z, axis=-1)
-    return ops.sum(log_p * w, axis=1) if space == "logit" else ops.logsumexp(log_p + np.log(np.maximum(w, 1e-30)), axis=1)
+    ops = _keras().ops
+    log_p, w = _members_last(ops.log_softmax(z, axis=-1)), weights.astype("float32")
+    return ops.sum(log_p * w, axis=-1) if space == "logit" else ops.logsumexp(log_p + np.log(np.maximum(w, 1e-30)), axis=-1)
+
+
+def _members_last(z):
+    """(n, units, m). Keras' `add` takes a constant (1, m, 1) for a bias of the last axis when both lengths agree, and adds it to the wrong one."""
+    return _keras().ops.transpose(z, (0, 2, 1))
 
 # %% ../../nbs/models/11a_one_graph.ipynb #ecb6ec28
 def shared_trunk(models, at: str):

@@ -545,7 +545,7 @@ def _finite(x, what, remedy):
         raise MedimgError(f"{int(bad.sum())} {what}", remedy=remedy)
     return x
 
-# %% ../../nbs/models/01a_scratch_layers.ipynb #4e7ed64b
+# %% ../../nbs/models/01a_scratch_layers.ipynb #455f6dbc
 def check_gradients(layer, x, *, training: bool = True, seed: int = 0) -> dict:
     """How far `backward` is from central differences, relatively, for the input and each weight of a layer or network.
 
@@ -570,7 +570,7 @@ def check_gradients(layer, x, *, training: bool = True, seed: int = 0) -> dict:
     >>> max(check_gradients(Network([Dense(3, 2)]).astype(float), np.ones((2, 3))).values()) < 1e-6
     True
     """
-    pull = np.random.default_rng(seed).normal(size=layer.forward(x, training=training).shape)
+    pull = np.random.default_rng((seed, 1)).normal(size=layer.forward(x, training=training).shape)
 
     def error(_=None):
         return float((pull * layer.forward(x, training=training)).sum())

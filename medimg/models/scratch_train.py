@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['SGD', 'Adam', 'jitter', 'draw_batches', 'train', 'scratch_cnn', 'save_network', 'load_network', 'ScratchPredictor']
 
-# %% ../../nbs/models/01b_scratch_train.ipynb #c0f71599
+# %% ../../nbs/models/01b_scratch_train.ipynb #49ed443b
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +269,7 @@ def scratch_cnn(input_shape, *, filters=(8, 16, 32), kernel: int = 5, bend=ReLU,
     layers[0].pixels = False
     return Network([*layers, GlobalAverage(), Dense(channels, 1, gain=1, seed=seed * 100 + 99)])
 
-# %% ../../nbs/models/01b_scratch_train.ipynb #3e7d4bfe
+# %% ../../nbs/models/01b_scratch_train.ipynb #bf4b2943
 def save_network(network, path) -> Path:
     """Write the weights and running averages of `network` as one `.npz` file to `path`, whole or not at all.
 
@@ -307,7 +309,7 @@ def load_network(network, path) -> Network:
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = dict(file)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"not readable weights ({type(error).__name__})", path=path, remedy="write them with save_network") from error
     wanted = {f"{number}.{name}": value.shape for number, name, _, value in _arrays(network)}
     if wanted != {key: value.shape for key, value in stored.items()}:
