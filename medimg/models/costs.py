@@ -35,7 +35,7 @@ def _multiply_adds(operation, inputs, outputs):
     known = kind in _FREE or not getattr(operation, "weights", None) and kind not in ("Einsum", "Dot", "Tensordot")
     return 0 if known else None
 
-# %% ../../nbs/models/03a_costs.ipynb #104a4851
+# %% ../../nbs/models/03a_costs.ipynb #f4b2f7e3
 def _calls(model):
     """(operation, input tensors, output tensors) of every call in a functional network, in an order in which it can run."""
     if not hasattr(model, "_nodes_by_depth"):
@@ -52,7 +52,7 @@ class LayerFacts:
     name: str                       # of the layer
     kind: str                       # its class
     shape: tuple                    # of its output, without the batch axis
-    parameters: int
+    parameters: int                 # of the layer; 0 where a layer is called again
     multiply_adds: int | None       # None: no rule is known
     values: int                     # numbers in its output
     alive: int                      # numbers that must be in memory while it runs
@@ -129,12 +129,18 @@ def layer_facts(model) -> list:
         alive = {t: size for t, size in alive.items() if last.get(t, i) > i}     # what nobody will read is given back
     return facts
 
-# %% ../../nbs/models/03a_costs.ipynb #39caca28
+# %% ../../nbs/models/03a_costs.ipynb #4d8ec6df
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a network costs, for one image or volume in float32."""
+    """What a network costs, for one image or volume in float32.
 
-    parameters: int
+    Examples
+    --------
+    >>> ModelFacts(1000, 2000, 0.004, 0.1, 0.2, ()).flops
+    4000
+    """
+
+    parameters: int                 # numbers in its weights
     multiply_adds: int              # FLOPs are twice as many: a multiplication and an addition each
     weights_mb: float               # 1e6 bytes
     peak_mb: float                  # activations that prediction must hold at once, at least
