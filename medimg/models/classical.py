@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'EXTRACTORS', 'grouped_folds', 'fit_rows', 'choose_params', 'NestedResult', 'nested_cv', 'icc',
            'selection_frequency', 'ClassicalPredictor', 'load_classical']
 
-# %% ../../nbs/models/10_classical.ipynb #b39956a6
+# %% ../../nbs/models/10_classical.ipynb #7abbff9f
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def _sklearn():
 def _rows(x, y=None, groups=None):
     """Checked rows (n, d) float64, labels 0 … k - 1 and groups."""
     x = np.asarray(x, np.float64)
-    if x.ndim != 2 or not len(x) or not np.isfinite(x).all():
+    if x.ndim != 2 or not x.size or not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).any(axis=tuple(range(1, x.ndim))).sum()) if x.size else 0
         raise DatasetError(f"a table of shape {x.shape} with {bad} rows of NaN or infinity", remedy="give (n, d) finite numbers, one row a case")
     if y is None:
