@@ -61,6 +61,14 @@ def test_a_kernel_for_slices_answers_equal_slices_as_before():
     np.testing.assert_allclose(deep[:, 6], slice_net(image), atol=1e-5)      # far from the ends of z, where padding speaks
 
 
+def test_the_residual_network_goes_from_images_to_volumes():
+    source, target = resnet(seed=1), build_model("resnet", (16, 16, 16, 1), 2, seed=2, width=8, blocks=(1, 1))
+    report = transfer_weights(target, source)
+    kernel, deep = (net.get_layer("s1b1a_conv").get_weights()[0] for net in (source, target))
+    np.testing.assert_allclose(deep.sum(axis=0), kernel, atol=1e-6)
+    assert [row[0] for row in report.skipped] == ["logits"] and dict(row[:2] for row in report.taken)["s1b1a_conv"] == "repeated along z"
+
+
 def test_what_does_not_fit_keeps_its_own_and_is_told():
     source, target = resnet(seed=1), build_model("resnet", (32, 32, 1), 2, seed=2, width=16, blocks=(1, 1))
     before = weights_of(target)
