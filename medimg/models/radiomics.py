@@ -304,7 +304,7 @@ class RadiomicSettings:
             if family not in FAMILIES:
                 raise ConfigError(f"unknown family {family!r}", remedy=nearest(str(family), FAMILIES))
 
-# %% ../../nbs/models/09_radiomics.ipynb #af16d572
+# %% ../../nbs/models/09_radiomics.ipynb #90a4307f
 def _mirp():
     try:
         import mirp
@@ -330,8 +330,9 @@ def _quiet():
 
 def _asked(settings, flat, units):
     """Our settings in MIRP's words."""
-    words = {"base_feature_families": list(settings.families), "by_slice": settings.by_slice or flat, "image_modality": "ct" if units == "HU" else "generic",
+    words = {"base_feature_families": list(settings.families), "by_slice": settings.by_slice or flat,
              "base_discretisation_method": "fixed_bin_number" if settings.bins else "fixed_bin_size"}
+    words |= {"image_modality": "ct"} if units == "HU" else {}
     words |= {"base_discretisation_n_bins": settings.bins} if settings.bins else {"base_discretisation_bin_width": float(settings.width)}
     if settings.grey_range is not None:
         words["resegmentation_intensity_range"] = [float(v) for v in settings.grey_range]
