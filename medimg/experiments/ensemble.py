@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'scratch_network', 'scratch_pneumonia', 'snapshots', 'many_heads', 'held_out', 'ensembles']
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #17fc9b4d
+# %% ../../nbs/experiments/08_ensemble.ipynb #b47f0a48
 import json
 import time
 from dataclasses import replace
@@ -24,9 +24,9 @@ from ..training.recipes import recipe
 from ..training.trainer import log_loss
 
 #: Epochs of a NumPy network, of a residual network, of one on half of the images, and of three heads; cycles of snapshots; images.
-SIZES = {"ci": {"scratch": 1, "resnet": 2, "half": 1, "heads": 1, "cycles": 2, "images": 200},
+SIZES = {"ci": {"scratch": 1, "resnet": 1, "half": 1, "heads": 1, "cycles": 1, "images": 120},
          "course": {"scratch": 4, "resnet": 4, "half": 2, "heads": 2, "cycles": 2, "images": 1500},
-         "full": {"scratch": 15, "resnet": 24, "half": 16, "heads": 15, "cycles": 3, "images": None}}
+         "full": {"scratch": 15, "resnet": 24, "half": 8, "heads": 8, "cycles": 3, "images": None}}
 
 
 def _loaded(run):
@@ -241,7 +241,7 @@ def _drawn(tensors, batch, config, seed):
         return augment_batch(tensors.x[rows], tensors.image_ids[rows], augment=config.augment, seed=seed, epoch=epoch), tensors.y[rows]
     return draw
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #62569cfb
+# %% ../../nbs/experiments/08_ensemble.ipynb #619c6833
 def held_out(run, plan, dataset) -> tuple:
     """Out-of-fold answers of both kinds of network for the training images.
 
@@ -280,7 +280,7 @@ def held_out(run, plan, dataset) -> tuple:
 
     def scratch(rows, held):
         few, out = half(held)
-        net, cost = scratch_network(few, out / "scratch.npz", seed=int(folds[held][0]), epochs=size["scratch"])
+        net, cost = scratch_network(few, out / "scratch.npz", seed=int(folds[held][0]), epochs=size["half"])
         spent.append(cost)
         return net.predict(learn.images[held])
 

@@ -187,7 +187,7 @@ def conv2d(x, w, b=0.0, *, stride=1, padding="same") -> np.ndarray:
     y += np.asarray(b, y.dtype)
     return y
 
-# %% ../../nbs/models/01_scratch.ipynb #3f5bca80
+# %% ../../nbs/models/01_scratch.ipynb #7255c63f
 def conv2d_gradient(x, w, dy, *, stride=1, padding="same", pixels=True) -> tuple:
     """How the error changes with the images, the kernels and the biases of `conv2d`, from how it changes with the output.
 
@@ -223,18 +223,27 @@ def conv2d_gradient(x, w, dy, *, stride=1, padding="same", pixels=True) -> tuple
     """
     stride, places, padded = _framed(x, w.shape, stride, padding)
     _same_shape(dy, (len(x), *places, w.shape[3]))
-    columns = w.reshape(-1, w.shape[3])
-    dw, spread = np.zeros(columns.shape, dy.dtype), np.zeros(padded.shape, dy.dtype) if pixels else None
+    dw = np.zeros((w[..., 0].size, w.shape[3]), dy.dtype)
     for part in _blocks(x, places, w.shape):
-        pull = dy[part].reshape(-1, w.shape[3])
-        dw += windows(padded[part], w.shape[:2], stride).reshape(-1, len(columns)).T @ pull
-        if pixels:
-            back = (pull @ columns.T).reshape(-1, *places, *w.shape[:3])
-            for u, v, place in _visits(w.shape, places, stride):
-                spread[part][place] += back[:, :, :, u, v]
-    return _unframed(spread, x, w.shape, stride, padding), dw.reshape(w.shape), dy.sum(axis=(0, 1, 2))
+        rows = windows(padded[part], w.shape[:2], stride).reshape(-1, len(dw))
+        dw += rows.T @ dy[part].reshape(-1, w.shape[3])
+    dx = _unframed(_sent_back(padded, w, dy, stride), x, w.shape, stride, padding) if pixels else None
+    return dx, dw.reshape(w.shape), dy.sum(axis=(0, 1, 2))
 
-# %% ../../nbs/models/01_scratch.ipynb #8c2ef8c6
+# %% ../../nbs/models/01_scratch.ipynb #2a12ce9c
+def _sent_back(padded, w, dy, stride):
+    """What lands on each pixel of the padded images; without steps in between it is a convolution with the kernels turned by 180 degrees."""
+    if stride == (1, 1):
+        around = [(0, 0), *((k - 1, k - 1) for k in w.shape[:2]), (0, 0)]
+        return conv2d(np.pad(dy, around), w[::-1, ::-1].transpose(0, 1, 3, 2), padding="valid")
+    spread, columns = np.zeros(padded.shape, dy.dtype), w.reshape(-1, w.shape[3])
+    for part in _blocks(padded, dy.shape[1:3], w.shape):
+        back = (dy[part].reshape(-1, w.shape[3]) @ columns.T).reshape(-1, *dy.shape[1:3], *w.shape[:3])
+        for u, v, place in _visits(w.shape, dy.shape[1:3], stride):
+            spread[part][place] += back[:, :, :, u, v]
+    return spread
+
+# %% ../../nbs/models/01_scratch.ipynb #7e5d263b
 def _same_shape(dy, wanted):
     if np.shape(dy) != tuple(wanted):
         raise ConfigError(f"dy has the shape {np.shape(dy)}, the output {tuple(wanted)}", remedy="give one number for each output number")
@@ -249,8 +258,6 @@ def _visits(kernel, places, stride):
 
 def _unframed(padded, x, kernel, stride, padding):
     """Without the border that `_framed` added."""
-    if padded is None:
-        return None
     tops = [output_size(*sizes, padding=padding)[1] for sizes in zip(x.shape[1:3], kernel, stride)]
     return padded[:, tops[0]:tops[0] + x.shape[1], tops[1]:tops[1] + x.shape[2]]
 
