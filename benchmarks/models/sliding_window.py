@@ -2,10 +2,13 @@
 
 One network on both sides: MONAI's UNet (16, 32, 64, 128 channels, strides of 2, two classes), its weights drawn once and read by both. MONAI runs it by
 PyTorch in its own `sliding_window_inference`; here the same weights stand in an ONNX graph under `medimg.models.windows.sliding_window`. Windows of
-64 x 96 x 96, overlap a quarter, Gaussian weights, two threads. Before the clock starts both answers must agree to 1e-3.
+64 x 96 x 96, overlap a quarter, Gaussian weights; with one thread and with two. Before the clock starts both answers must agree to 1e-3. Each row has the
+seconds on the wall, which a busy machine distorts, and the CPU seconds, which it hardly does (with two threads PyTorch's waiting counts as work: compare those of one).
 """
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +16,25 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sidebyside  # noqa: E402
 
-SHAPE, WINDOW, OVERLAP, THREADS = (128, 256, 256), (64, 96, 96), 0.25, 2
+SHAPE, WINDOW, OVERLAP = (128, 256, 256), (64, 96, 96), 0.25
 MONAI = """
+import time
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
-torch.set_num_threads({threads})
 torch.manual_seed(0)
 net = UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(16, 32, 64, 128), strides=(2, 2, 2)).eval()
 np.savez({folder!r} + "/weights.npz", **{{k: v.numpy() for k, v in net.state_dict().items()}})
 scan = torch.from_numpy(np.load({folder!r} + "/scan.npy"))[None, None]
 
-def run(windows, mode="gaussian", keep=False):
+def run(windows, threads, mode="gaussian", keep=False):
+    torch.set_num_threads(threads)
+    start = time.process_time()
     with torch.inference_mode():
         out = sliding_window_inference(scan, {window}, windows, net, overlap={overlap}, mode=mode)
+    with open({folder!r} + "/cpu.txt", "w") as file:
+        file.write(str(time.process_time() - start))
     if keep:
         np.save({folder!r} + "/monai.npy", out[0].permute(1, 2, 3, 0).numpy())
 """
@@ -69,8 +76,18 @@ def graph(weights):
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
+def timed(name, call, cpu, folder=None):
+    """`call`, that also notes its CPU seconds under `name`: of this process, or those that the peer wrote into `folder`."""
+    def run(**arguments):
+        start = time.process_time()
+        seconds = call(**arguments)
+        cpu.setdefault(name, []).append(float(Path(folder, "cpu.txt").read_text()) if folder else time.process_time() - start)
+        return seconds
+    return run
+
+
 def measure(repeats):
-    """Rows of the table: MONAI one window and four windows a call, against ours with two workers of one thread."""
+    """Rows of the table: MONAI with one window and with four windows a call, against ours with a worker for each thread."""
     if sidebyside.peer_python() is None:
         return []
     from medimg.deployment.engine import Engine
@@ -78,22 +95,33 @@ def measure(repeats):
     with tempfile.TemporaryDirectory() as folder:
         scan = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
         np.save(f"{folder}/scan.npy", scan)
-        peer = sidebyside.Peer(MONAI.format(threads=THREADS, folder=folder, window=WINDOW, overlap=OVERLAP))
-        peer(windows=1, mode="constant", keep=True)
+        peer = sidebyside.Peer(MONAI.format(folder=folder, window=WINDOW, overlap=OVERLAP))
+        peer(windows=1, threads=2, mode="constant", keep=True)
         with np.load(f"{folder}/weights.npz") as file:
             engine = Engine(graph(dict(file)), threads=1)
-
-        def ours(blend="gaussian", **_):
-            return sliding_window(scan, engine, WINDOW, overlap=OVERLAP, blend=blend, workers=THREADS)
-
-        apart = float(np.abs(ours("constant") - np.load(f"{folder}/monai.npy")).max())
+        apart = float(np.abs(sliding_window(scan, engine, WINDOW, overlap=OVERLAP, blend="constant") - np.load(f"{folder}/monai.npy")).max())
         print(f"largest difference between the two answers: {apart:.1e}")
         assert apart < 1e-3, "the two sides do not compute the same thing"
-        what = f"sliding window {' x '.join(map(str, SHAPE))}"
-        peers = {f"MONAI, {n} window{'s' * (n > 1)} a call": (lambda n=n: peer(windows=n)) for n in (1, 4)}
-        rows = sidebyside.compare(what, ours, peers, repeats=repeats)
+        rows = []
+        for threads in (1, 2):
+            cpu = {}
+
+            class Measured(sidebyside.Peer):       # `compare` takes the seconds that a Peer returns
+                def __init__(self, windows, name):
+                    self.run = timed(name, lambda: peer(windows=windows, threads=threads), cpu, folder)
+
+                def __call__(self):
+                    return self.run()
+
+            peers = {(name := f"MONAI, {n} window{'s' * (n > 1)} a call"): Measured(n, name) for n in (1, 4)}
+            ours = timed("medimg", lambda: sliding_window(scan, engine, WINDOW, overlap=OVERLAP, workers=threads), cpu)
+            for row in sidebyside.compare(f"sliding window, {threads} thread{'s' * (threads > 1)}", ours, peers, repeats=repeats):
+                mine, theirs = (statistics.median(cpu[name][1:]) for name in ("medimg", row["peer"]))
+                print(f"   CPU seconds: medimg {mine:.2f}, {row['peer']} {theirs:.2f}, ratio {theirs / mine:.2f}", flush=True)
+                rows.append(row | {"shape": list(SHAPE), "window": list(WINDOW), "overlap": OVERLAP, "threads": threads, "largest_difference": apart,
+                                   "ours_cpu_s": mine, "peer_cpu_s": theirs, "cpu_ratio": theirs / mine})
         peer.close()
-    return [row | {"window": list(WINDOW), "overlap": OVERLAP, "threads": THREADS, "largest_difference": apart} for row in rows]
+    return rows
 
 
 if __name__ == "__main__":

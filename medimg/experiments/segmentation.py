@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'Films', 'lung_films', 'standardised', 'film_batches', 'dice
            'xray_lungs', 'xray_lungs_sites', 'breast_films', 'breast_lesions', 'phantom_scan', 'windowed',
            'patch_batches', 'phantom_segmentation']
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #b5cb15d1
+# %% ../../nbs/experiments/03_segmentation.ipynb #173c401d
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,12 @@ class Films:
     key: tuple = ("", "")       # name and checksum, for the ledger of test reads
 
     def rows(self, split: str, site: str | None = None) -> np.ndarray:
-        """Row numbers of a `split`, and of one `site` where it is given."""
+        """Row numbers of a `split`, and of one `site` where it is given.
+
+        Returns
+        -------
+        numpy.ndarray (rows,), int
+        """
         return np.flatnonzero((self.splits == split) & ((self.sites == site) if site else True))
 
 # %% ../../nbs/experiments/03_segmentation.ipynb #b7c7830b
@@ -237,7 +242,7 @@ def _one_level(t, z):
     share = both / (tf.reduce_sum(p, axes) + tf.reduce_sum(t, axes) + 1)
     return tf.reduce_mean(entropy) + 1 - tf.reduce_mean(share if single else share[:, 1:])
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #f7ed69b9
+# %% ../../nbs/experiments/03_segmentation.ipynb #08c65fb4
 #: Size of each experiment by profile: side in px, network, films a step, steps. Chosen by the time they may take, and on validation.
 PLANS = {
     "xray-lungs": {"ci": {"side": 64, "width": 4, "levels": 3, "stem": 1, "batch": 4, "steps": 6}, "course": {"side": 128, "width": 8, "levels": 4, "stem": 1, "batch": 4, "steps": 150},
@@ -250,7 +255,7 @@ PLANS = {
                              "course": {"spacing_mm": 5.0, "window": (24, 32, 32), "width": 8, "levels": 3, "batch": 2, "steps": 60, "patients": (12, 4)},
                              "full": {"spacing_mm": 3.5, "window": (32, 48, 48), "width": 8, "levels": 4, "batch": 2, "steps": 100, "patients": (24, 8)}}}
 
-
+# %% ../../nbs/experiments/03_segmentation.ipynb #3fa33b6d
 def trained_unet(films, rows, plan, seed, *, out=None, flip=False, progress=False):
     """A U-Net trained on some films, and what that cost.
 
@@ -317,7 +322,7 @@ def outlined(net, images, *, keep=None, batch: int = 8) -> np.ndarray:
     masks = np.concatenate([np.asarray(net(standardised(images[i:i + batch]), training=False))[..., 0] > 0 for i in range(0, len(images), batch)])
     return masks if keep is None else np.stack([fill_holes(largest_components(m, keep=keep)) for m in masks])
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #fb40e671
+# %% ../../nbs/experiments/03_segmentation.ipynb #a9b22cb6
 def _mean(_, scores):
     return float(np.mean(scores))
 
@@ -343,7 +348,7 @@ def _keep_chosen(nets, films, rows, choices):
     best = max(choices, key=lambda keep: value[keep])
     return best, {f"keep {keep or 'all'}": round(v, 4) for keep, v in value.items()}
 
-
+# %% ../../nbs/experiments/03_segmentation.ipynb #493134c0
 def xray_lungs(run) -> dict:
     """Lungs on chest radiographs of two hospitals: trained on folds 0 to 2, tested on fold 3.
 
@@ -453,7 +458,7 @@ def _many(run):
     """In profile ci a sample with both sites, else all."""
     return 580 if run.profile == "ci" and run.data != "phantom" else 30 if run.profile == "ci" else None
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #6e190a78
+# %% ../../nbs/experiments/03_segmentation.ipynb #fb94fc25
 def breast_films(data: str = "auto", *, side: int = 128, most: int | None = None) -> Films:
     """Breast ultrasound with lesion masks (`busi-128`), in folds that keep near-copies together; or phantom radiographs with an opacity.
 
@@ -490,7 +495,7 @@ def breast_films(data: str = "auto", *, side: int = 128, most: int | None = None
     names = np.array(["normal", "benign", "malignant"])[d.meta["finding"][keep]]
     return Films(images, masks, d.meta["group"][keep].astype(str), names, d.splits[keep], "BUSI", "BUSI, Al-Dhabyani 2020 (CC BY 4.0)", (d.name, d.checksum))
 
-
+# %% ../../nbs/experiments/03_segmentation.ipynb #2268ff40
 def breast_lesions(run) -> dict:
     """Lesions on breast ultrasound: outline, misses, and healthy images that stay empty.
 
@@ -615,7 +620,7 @@ def patch_batches(scans, window, *, batch: int = 2, seed: int = 0):
         return np.stack(x)[..., None].astype(np.float32), np.stack(y)[..., None].astype(np.float32)
     return draw
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #0da4e772
+# %% ../../nbs/experiments/03_segmentation.ipynb #7008669f
 def _judged(net, scans, window):
     """Per scan: Dice and H95 (mm) of the lungs, Dice of the nodules, share of nodules found, false pieces."""
     from scipy import ndimage
@@ -632,7 +637,7 @@ def _judged(net, scans, window):
         rows.append((dice(got > 0, truth > 0), hausdorff95(got > 0, truth > 0, volume.spacing_mm), dice(got == 2, truth == 2), len(hit) / max(count, 1), false))
     return dict(zip(("lung_dice", "lung_hd95_mm", "nodule_dice", "nodules_found", "false_pieces"), np.array(rows, float).T))
 
-
+# %% ../../nbs/experiments/03_segmentation.ipynb #edcb7130
 def phantom_segmentation(run) -> dict:
     """Lungs and nodules in phantom CT by a 3-D U-Net in sliding windows, against lungs found by rules.
 

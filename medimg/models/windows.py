@@ -124,7 +124,7 @@ def _prepared(image, window):
     pads = [(n // 2, n - n // 2) for n in lack]
     return (np.pad(array, [*pads, (0, 0)], mode="edge") if any(lack) else array), pads
 
-# %% ../../nbs/models/06a_windows.ipynb #f91fc802
+# %% ../../nbs/models/06a_windows.ipynb #ecbbaeb6
 def sliding_window(image, predict, window, *, overlap: float = 0.25, blend: str = "gaussian", batch_size: int = 1, workers: int = 1):
     """Logits for every voxel of an image of any size, from a network that sees one window at a time.
 
@@ -176,7 +176,7 @@ def sliding_window(image, predict, window, *, overlap: float = 0.25, blend: str 
     out = out[tuple(slice(a, n - b) for (a, b), n in zip(pads, out.shape))]
     return image.with_array(out, units="logit") if isinstance(image, Volume) else out
 
-
+# %% ../../nbs/models/06a_windows.ipynb #e90bef0b
 def _blended(array, call, places, window, batch_size, workers):
     """The weighted sum of all windows' answers; `places` holds (start, weights) for each axis of each window."""
     from concurrent.futures import ThreadPoolExecutor
