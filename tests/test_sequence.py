@@ -182,6 +182,15 @@ def test_pointing_at_random_is_chance():
     assert abs(hits.mean() - chance.mean()) < 4 * np.sqrt(0.25 / 4000)
 
 
+def test_a_predictor_answers_scans(nets, scans):
+    from medimg.models.resnet import KerasPredictor
+    predictor = KerasPredictor(nets["gated"], None, ("clear", "nodule", "mass"))
+    p = predictor.predict(scans[..., 0])
+    assert p.shape == (4, 3) and np.allclose(p.sum(axis=1), 1) and predictor.features(scans).shape == (4, 8)
+    with pytest.raises(MedimgError, match="NaN"):
+        predictor.predict(np.full((1, *SHAPE), np.nan))
+
+
 # --- refusals
 
 @pytest.mark.parametrize("build, shape, options, said", [

@@ -195,7 +195,7 @@ def _hold(layer, cell, bias):
     weights[2][(0, slice(m)) if cell == "gru" else slice(m, 2 * m)] = bias
     layer.set_weights(weights)
 
-# %% ../../nbs/models/08_sequence.ipynb #de839370
+# %% ../../nbs/models/08_sequence.ipynb #49966ad0
 def attention_model(model):
     """The network with its attention as an output, sharing its weights.
 
@@ -259,11 +259,15 @@ def leave_one_out(model, images) -> np.ndarray:
         raise ConfigError(f"{model.name} does not read slices", remedy="build it with attention_mil or cnn_rnn")
     middle = [named["slices"].output, named["is_slice"].output]
     h, real = keras.Model(model.inputs[0], middle)(images, training=False)
-    rest, places = keras.Model(middle, named["logits"].output), np.arange(real.shape[1])
-    without = [rest([h, keras.ops.logical_and(real, places != k)], training=False) for k in places]
-    return np.asarray(rest([h, real], training=False))[:, None] - np.stack([np.asarray(w) for w in without], axis=1)
+    h, real, rest = np.asarray(h), np.asarray(real), keras.Model(middle, named["logits"].output)
+    z, left_out = h.shape[1], ~np.eye(h.shape[1], dtype=bool)
+    whole, block, parts = np.asarray(rest([h, real], training=False)), max(1, 4096 // z), []
+    for i in range(0, len(h), block):           # every scan in z versions, each without one slice, as one batch
+        shorter = (real[i:i + block, None] & left_out).reshape(-1, z)
+        parts.append(np.asarray(rest([np.repeat(h[i:i + block], z, axis=0), shorter], training=False)).reshape(-1, z, whole.shape[1]))
+    return whole[:, None] - np.concatenate(parts)
 
-# %% ../../nbs/models/08_sequence.ipynb #5436871c
+# %% ../../nbs/models/08_sequence.ipynb #fe6eb9b8
 def pointing(scores, lesion, *, real=None):
     """Whether the slice with the highest score holds the lesion, and how often a slice drawn at random would.
 
@@ -298,8 +302,10 @@ def pointing(scores, lesion, *, real=None):
     real = np.ones_like(lesion) if real is None else np.asarray(real, bool)
     if scores.ndim != 2 or not scores.shape == lesion.shape == real.shape:
         raise MedimgError(f"scores {scores.shape}, lesion {lesion.shape} and real {real.shape} do not fit", remedy="give each as (scans, slices)")
-    if not np.isfinite(scores).all() or not (lesion & real).any(axis=1).all():
-        raise MedimgError("a score is not finite, or a scan has no slice with a lesion", remedy="leave healthy scans out")
+    if not np.isfinite(scores).all():
+        raise MedimgError(f"{int((~np.isfinite(scores)).sum())} scores are NaN or infinite", remedy="look for NaN in the images")
+    if not (lesion & real).any(axis=1).all():
+        raise MedimgError("a scan has no slice with a lesion", remedy="point in sick scans only")
     scores, lesion = np.where(real, scores, -np.inf), lesion & real
     best = scores == scores.max(axis=1, keepdims=True)
     return (best & lesion).sum(axis=1) / best.sum(axis=1), lesion.sum(axis=1) / real.sum(axis=1)
