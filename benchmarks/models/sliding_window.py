@@ -76,18 +76,39 @@ def graph(weights):
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
-def timed(name, call, cpu, folder=None):
-    """`call`, that also notes its CPU seconds under `name`: of this process, or those that the peer wrote into `folder`."""
-    def run(**arguments):
-        start = time.process_time()
-        seconds = call(**arguments)
-        cpu.setdefault(name, []).append(float(Path(folder, "cpu.txt").read_text()) if folder else time.process_time() - start)
+class Measured(sidebyside.Peer):
+    """A call that gives its seconds, as `compare` expects of a peer, and notes its CPU seconds."""
+
+    def __init__(self, call, cpu_file):
+        self.call, self.cpu_file, self.cpu_s = call, cpu_file, []
+
+    def __call__(self):
+        seconds = self.call()
+        self.cpu_s.append(float(self.cpu_file.read_text()))
         return seconds
-    return run
+
+
+def compared(threads, scan, engine, peer, *, folder, repeats):
+    """Rows for one number of threads: MONAI with one window and with four windows a call, against ours with a worker for each thread."""
+    from medimg.models.windows import sliding_window
+    own = []
+
+    def ours():
+        start = time.process_time()
+        sliding_window(scan, engine, WINDOW, overlap=OVERLAP, workers=threads)
+        own.append(time.process_time() - start)
+
+    peers = {f"MONAI, {n} window{'s' * (n > 1)} a call": Measured(lambda n=n: peer(windows=n, threads=threads), Path(folder, "cpu.txt")) for n in (1, 4)}
+    rows = sidebyside.compare(f"sliding window, {threads} thread{'s' * (threads > 1)}", ours, peers, repeats=repeats)
+    for row in rows:
+        mine, theirs = statistics.median(own[1:]), statistics.median(peers[row["peer"]].cpu_s[1:])
+        row |= {"threads": threads, "ours_cpu_s": mine, "peer_cpu_s": theirs, "cpu_ratio": theirs / mine}
+        print(f"   CPU seconds: medimg {mine:.2f}, {row['peer']} {theirs:.2f}, ratio {theirs / mine:.2f}", flush=True)
+    return rows
 
 
 def measure(repeats):
-    """Rows of the table: MONAI with one window and with four windows a call, against ours with a worker for each thread."""
+    """Rows of the table, once both sides are known to compute the same."""
     if sidebyside.peer_python() is None:
         return []
     from medimg.deployment.engine import Engine
@@ -102,26 +123,9 @@ def measure(repeats):
         apart = float(np.abs(sliding_window(scan, engine, WINDOW, overlap=OVERLAP, blend="constant") - np.load(f"{folder}/monai.npy")).max())
         print(f"largest difference between the two answers: {apart:.1e}")
         assert apart < 1e-3, "the two sides do not compute the same thing"
-        rows = []
-        for threads in (1, 2):
-            cpu = {}
-
-            class Measured(sidebyside.Peer):       # `compare` takes the seconds that a Peer returns
-                def __init__(self, windows, name):
-                    self.run = timed(name, lambda: peer(windows=windows, threads=threads), cpu, folder)
-
-                def __call__(self):
-                    return self.run()
-
-            peers = {(name := f"MONAI, {n} window{'s' * (n > 1)} a call"): Measured(n, name) for n in (1, 4)}
-            ours = timed("medimg", lambda: sliding_window(scan, engine, WINDOW, overlap=OVERLAP, workers=threads), cpu)
-            for row in sidebyside.compare(f"sliding window, {threads} thread{'s' * (threads > 1)}", ours, peers, repeats=repeats):
-                mine, theirs = (statistics.median(cpu[name][1:]) for name in ("medimg", row["peer"]))
-                print(f"   CPU seconds: medimg {mine:.2f}, {row['peer']} {theirs:.2f}, ratio {theirs / mine:.2f}", flush=True)
-                rows.append(row | {"shape": list(SHAPE), "window": list(WINDOW), "overlap": OVERLAP, "threads": threads, "largest_difference": apart,
-                                   "ours_cpu_s": mine, "peer_cpu_s": theirs, "cpu_ratio": theirs / mine})
+        rows = [row for threads in (1, 2) for row in compared(threads, scan, engine, peer, folder=folder, repeats=repeats)]
         peer.close()
-    return rows
+    return [row | {"shape": list(SHAPE), "window": list(WINDOW), "overlap": OVERLAP, "largest_difference": apart} for row in rows]
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ __all__ = ['PLANS', 'Films', 'lung_films', 'standardised', 'film_batches', 'dice
            'xray_lungs', 'xray_lungs_sites', 'breast_films', 'breast_lesions', 'phantom_scan', 'windowed',
            'patch_batches', 'phantom_segmentation']
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #173c401d
+# %% ../../nbs/experiments/03_segmentation.ipynb #3a1d7e0c
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..config import profile_of
 from ..errors import DatasetError, MedimgError
-from .protocol import Clock, plain_figure, seeds_figure
+from .protocol import plain_figure, seeds_figure
 
 
 @dataclass(frozen=True, eq=False)
