@@ -55,7 +55,7 @@ class Layer:
         shapes = ", ".join(f"{name} {w.shape}" for name, w in self.weights.items())
         return f"{type(self).__name__}({shapes})"
 
-# %% ../../nbs/models/01a_scratch_layers.ipynb #a4cf60cf
+# %% ../../nbs/models/01a_scratch_layers.ipynb #d8890029
 def sigmoid(z) -> np.ndarray:
     """1 / (1 + exp(-z)), without overflow for any z.
 
@@ -90,7 +90,7 @@ class ReLU(Layer):
     def forward(self, x, *, training=False):
         """max(x, 0) for a batch `x` of any shape; `training` changes nothing."""
         self.open = x > 0
-        return x * self.open
+        return np.maximum(x, 0)
 
     def backward(self, dy):
         """`dy` where the input was above zero."""
