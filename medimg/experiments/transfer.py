@@ -106,7 +106,7 @@ def tuberculosis_films(run) -> Films:
         x = np.where((site == "MCUCXR")[:, None, None, None], x**1.5, x)
     return Films(x, d.labels.astype("int32"), d.image_ids, d.groups, site, fold, (d.name, d.checksum))
 
-# %% ../../nbs/experiments/05_transfer.ipynb #bdd18d9c
+# %% ../../nbs/experiments/05_transfer.ipynb #f296699a
 def train_on(net, films: Films, *, steps: int, seed: int, out=None, scales=None, rate: float = 3e-3):
     """Train a network on films: batches of 16, half of them positive (for findings: any 16), augmented, all a pure function of the seed.
 
@@ -128,7 +128,7 @@ def train_on(net, films: Films, *, steps: int, seed: int, out=None, scales=None,
     Returns
     -------
     keras.Model
-        `net`.
+        `net`; its `cpu_s` says what the training cost, in seconds of one core.
 
     Examples
     --------
@@ -146,7 +146,7 @@ def train_on(net, films: Films, *, steps: int, seed: int, out=None, scales=None,
 
     loss = make_loss("binary" if films.y.ndim == 1 else "multilabel", smoothing=0.05)
     config = TrainConfig(learning_rate=rate, weight_decay=0.05, ema=0.98, seed=seed)
-    train_steps(net, draw, loss, steps=steps, config=config, scales=scales, out=out, progress=False)
+    net.cpu_s = train_steps(net, draw, loss, steps=steps, config=config, scales=scales, out=out, progress=False)[-1]["cpu_s"]
     return net
 
 
@@ -185,16 +185,16 @@ def nested_rows(y, share: float, seed: int) -> np.ndarray:
     orders = [rng.permutation(np.flatnonzero(y == c)) for c in np.unique(y)]
     return np.sort(np.concatenate([order[:int(np.ceil(share * len(order)))] for order in orders]))
 
-# %% ../../nbs/experiments/05_transfer.ipynb #f65398f2
+# %% ../../nbs/experiments/05_transfer.ipynb #3805fad0
 def _teacher(run, seed, note):
-    """The network pre-trained on ChestX-ray14's training fold; its validation AUC goes into `note`."""
+    """The network pre-trained on ChestX-ray14's training fold; its validation AUC and CPU seconds go into `note`."""
     plan = Plan.of(run.profile)
     d = load_dataset("nih-cxr-1000", data=run.data, n=plan.films, quiet=True)
     nowhere, y = np.full(len(d), ""), d.labels.astype("int32")
     source = Films(_PREPARE.batch(d.images), y, d.image_ids, d.groups, nowhere, nowhere, (d.name, d.checksum))
     net = train_on(_network(seed=seed), source.part(d.splits == "train"), steps=plan.pretrain, seed=seed, out=run.out / f"teacher-{seed}")
     val = source.part(d.splits == "val")
-    note.append(auc(val.y, _answers(net, val)))
+    note.append((auc(val.y, _answers(net, val)), net.cpu_s))
     return net
 
 
@@ -211,7 +211,7 @@ def _student(way, teacher, seed):
     return net, learning_rate_scales(net, 0.5) if way == "gently" else None
 
 def _students(run, learn, note):
-    """{(way, share): networks of all seeds}, trained on films to learn from; the validation AUC of their teachers goes into `note`."""
+    """{(way, share): networks of all seeds}, trained on films to learn from; the validation AUC and CPU seconds of their teachers go into `note`."""
     plan, nets = Plan.of(run.profile), {}
     for seed in run.seeds:
         teacher = _teacher(run, seed, note)
@@ -225,7 +225,7 @@ def _students(run, learn, note):
             run.say(f"seed {seed}, {share:.0%} of the labels: {len(few.y)} films")
     return nets
 
-# %% ../../nbs/experiments/05_transfer.ipynb #7d4841b0
+# %% ../../nbs/experiments/05_transfer.ipynb #f7a1e441
 def transfer_nih(run) -> dict:
     """Tuberculosis from few films: from noise, or with what ChestX-ray14 has taught.
 
@@ -251,17 +251,22 @@ def transfer_nih(run) -> dict:
     for way in _WAYS:
         run.read_test(films.source, "fold 3", model=f"{way}, {len(plan.shares)} shares", metric="auc")
         answers |= {(way, share): [_answers(net, test) for net in nets[way, share]] for share in plan.shares}
-    return {"figures": _curve_figures(plan, answers, test, note), "about": _about(run, learn, test)}
+    return {"figures": _curve_figures(plan, answers, test, note), "about": _about(run, learn, test) | {"training_cpu_s": _cost(nets.values(), note)}}
 
 
 def _curve_figures(plan, answers, test, note):
     how = {"groups": test.patients, "n_boot": plan.bootstraps}
-    figures = {"source_auc": plain_figure(np.mean(note), values=[float(v) for v in note])}
+    figures = {"source_auc": plain_figure(np.mean([value for value, _ in note]), values=[float(value) for value, _ in note])}
     for (way, share), p in answers.items():
         figures[f"auc_{way}_{100 * share:.0f}"] = seeds_figure(auc, test.y, p, **how)
         if way != "from_noise":
             figures[f"gain_{way}_{100 * share:.0f}"] = difference_figure(auc, test.y, p, answers["from_noise", share], **how)
     return figures
+
+
+def _cost(lists, note=()):
+    """CPU seconds of all trainings."""
+    return round(sum(net.cpu_s for nets in lists for net in nets) + sum(cpu_s for _, cpu_s in note), 1)
 
 
 def _about(run, learn, test):
@@ -323,7 +328,7 @@ def within_ranks(p) -> np.ndarray:
     _, place, count = np.unique(np.asarray(p), return_inverse=True, return_counts=True)
     return (np.cumsum(count) - count / 2)[place] / len(place)
 
-# %% ../../nbs/experiments/05_transfer.ipynb #f4990500
+# %% ../../nbs/experiments/05_transfer.ipynb #80043c0e
 def tb_sites(run) -> dict:
     """Tuberculosis across hospitals: trained in one, read in the other, beside both together.
 
@@ -355,7 +360,7 @@ def tb_sites(run) -> dict:
     plain = [_answers(each["shenzhen"][0], away) for each in nets]
     figures = _site_figures(plan, home, away, at_home, there) | _cut_figures(plan, (home, at_home["shenzhen"]), (away, plain))
     figures["whose_film"] = plain_figure(_whose_film(films.part(films.fold != 3)), n=int((films.fold != 3).sum()))
-    return {"figures": figures, "about": {"steps": plan.site_steps, "quarters": [list(q) for q in plan.quarters], "chosen_on": "nothing: fixed beforehand, after the package's radiograph recipes",
+    return {"figures": figures, "about": {"training_cpu_s": _cost(kind for each in nets for kind in each.values()), "steps": plan.site_steps, "quarters": [list(q) for q in plan.quarters], "chosen_on": "nothing: fixed beforehand, after the package's radiograph recipes",
             "network": "resnet 64 px, blocks (1, 1, 1), 77,457 weights", "shenzhen_test": len(home.y), "montgomery_test": len(away.y), "pooling": "ranks within each quarter of Montgomery"}}
 
 
