@@ -88,7 +88,7 @@ def window_weights(size: int, window: int, overlap: float = 0.25, *, blend: str 
         total[s:s + window] += one
     return np.stack([one / total[s:s + window] for s in starts])
 
-# %% ../../nbs/models/06a_windows.ipynb #bb930304
+# %% ../../nbs/models/06a_windows.ipynb #88d9b9d3
 def _caller(predict):
     """`batch -> logits` as a float32 array, from a function, a Keras model, or anything with `run(batch) -> {"logits": …}`."""
     if hasattr(predict, "run"):
@@ -118,7 +118,7 @@ def _prepared(image, window):
                           remedy="give (y, x[, c]) with a window (y, x), or (z, y, x[, c]) with a window (z, y, x)")
     array = array.astype(np.float32, copy=False)
     array = array[..., None] if array.ndim == rank else array
-    if not np.isfinite(array).all():
+    if not np.isfinite(array.sum(dtype=np.float64)):      # no second array of the scan's size
         raise MedimgError(f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite", remedy="mend the image, or give such voxels a value")
     lack = [max(0, w - s) for w, s in zip(window, array.shape)]
     pads = [(n // 2, n - n // 2) for n in lack]
@@ -176,7 +176,7 @@ def sliding_window(image, predict, window, *, overlap: float = 0.25, blend: str 
     out = out[tuple(slice(a, n - b) for (a, b), n in zip(pads, out.shape))]
     return image.with_array(out, units="logit") if isinstance(image, Volume) else out
 
-# %% ../../nbs/models/06a_windows.ipynb #e90bef0b
+# %% ../../nbs/models/06a_windows.ipynb #8e46d41c
 def _blended(array, call, places, window, batch_size, workers):
     """The weighted sum of all windows' answers; `places` holds (start, weights) for each axis of each window."""
     from concurrent.futures import ThreadPoolExecutor
@@ -193,7 +193,7 @@ def _blended(array, call, places, window, batch_size, workers):
             out = np.zeros((*array.shape[:-1], logits.shape[-1]), np.float32) if out is None else out
             for place, z in zip(group, logits):
                 out[where(place)] += _weighted(z, [curve for _, curve in place])
-    if not np.isfinite(out).all():
+    if not np.isfinite(out.sum(dtype=np.float64)):
         raise MedimgError("the network answers NaN or infinity", remedy="look for diverged weights, or for values it was not trained on")
     return out
 
