@@ -6,7 +6,7 @@
 __all__ = ['COHORTS', 'PLANS', 'Plan', 'nodule_draw', 'train_detector', 'second_set', 'second_draw', 'train_second',
            'search_scan', 'merged', 'choose_weight', 'train_pair', 'look_at_test', 'nodule_detection', 'nodule_figures']
 
-# %% ../../nbs/experiments/04_detection.ipynb #2c4dbf0c
+# %% ../../nbs/experiments/04_detection.ipynb #9fabff5e
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +20,12 @@ from ..data.phantom_realism import blob_candidates
 from .boxes import nih_boxes      # noqa: F401  (the registry asks this module for both experiments)
 from .froc import RATES, cpm_figure, of_kind, over_scans, quality, score_scan, sensitivities
 from .nodules import KINDS, crowd, cut, lung_scan
-from ..models.candidates import Detection, candidate_net, find_lesions, hu_to_unit, judge
+from ..models.candidates import Detection, candidate_net, ct_channels, find_lesions, judge
 from ..models.detector import centre_detector, centre_targets, detection_loss
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04_detection.ipynb #aea66eca
+# %% ../../nbs/experiments/04_detection.ipynb #abb696d8
 #: Cohorts of `phantom_cohort`: nobody is in two of them. The test cohort is for the full profile; smaller ones rehearse on another.
 COHORTS = {"train": 10, "validation": 11, "test": 1, "rehearsal": 13}
 
@@ -52,13 +52,13 @@ class Plan:
     second_steps: int       # of the second network
     second_batch: int
     cube: int = 24          # edge of what the second network sees, in voxels
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
 
 
 PLANS = {"ci": Plan(2, 1, 2, 8, 5.0, 32, 2, 4, 4, 4, 8, 12), "course": Plan(6, 2, 4, 12, 4.0, 32, 4, 60, 8, 40, 16, 16),
-         "full": Plan(160, 30, 100, 12, 2.0, 48, 4, 1000, 16, 300, 24)}
+         "full": Plan(64, 30, 100, 36, 2.0, 48, 4, 1300, 16, 250, 24)}
 
-# %% ../../nbs/experiments/04_detection.ipynb #539e1ca4
+# %% ../../nbs/experiments/04_detection.ipynb #64de2a28
 def nodule_draw(scans, plan: Plan, *, seed: int = 0):
     """Training batches of the detector: three patches of four hold a nodule, moved off the middle; the others begin anywhere in the lungs.
 
@@ -71,14 +71,14 @@ def nodule_draw(scans, plan: Plan, *, seed: int = 0):
     Returns
     -------
     callable
-        `draw(step) -> (x, y)`: x `(batch, edge, edge, edge, 1)` float32 in 0 … 1, y from `medimg.models.detector.centre_targets`; a pure function of the step.
+        `draw(step) -> (x, y)`: x `(batch, edge, edge, edge, 2)` float32 in 0 … 1, y from `medimg.models.detector.centre_targets`; a pure function of the step.
 
     Examples
     --------
     >>> scans = [lung_scan(phantom_cohort(1, seed=10)[0], spacing_mm=5.0, folder=False)]
     >>> x, y = nodule_draw(scans, PLANS["ci"])(0)
     >>> x.shape, y.shape
-    ((2, 32, 32, 32, 1), (2, 16, 16, 16, 9))
+    ((2, 32, 32, 32, 2), (2, 16, 16, 16, 9))
     """
     truth = [_objects(scan) for scan in scans]
     where = [(k, i) for k, objects in enumerate(truth) for i in range(len(objects["kind"]))]
@@ -107,16 +107,16 @@ def _objects(scan):
 
 def _patch(scan, objects, centre, plan, rng):
     """One patch and its targets, flipped by chance along each axis, 20 HU lighter or darker."""
-    image = hu_to_unit(cut(scan.volume.array, centre, plan.edge) + rng.normal(0, 20))
+    image = ct_channels(cut(scan.volume.array, centre, plan.edge) + rng.normal(0, 20))
     index = objects["index"] - (centre - plan.edge // 2)
     near = ((index > -8) & (index < plan.edge + 8)).all(1)
     here = {name: part[near] for name, part in objects.items()}
     turned = rng.random(3) < 0.5
-    image = np.flip(image, np.flatnonzero(turned))
+    image = np.flip(image, tuple(np.flatnonzero(turned)))
     here["index"] = np.where(turned, plan.edge - 1 - index[near], index[near])
-    return image[..., None], centre_targets((plan.edge,) * 3, here, spacing_mm=plan.spacing_mm, classes=len(KINDS))
+    return image, centre_targets((plan.edge,) * 3, here, spacing_mm=plan.spacing_mm, classes=len(KINDS))
 
-# %% ../../nbs/experiments/04_detection.ipynb #aa7339ec
+# %% ../../nbs/experiments/04_detection.ipynb #afeab1fc
 def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
     """Train the first network.
 
@@ -135,12 +135,12 @@ def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool
     history : list of dict
     """
     set_seed(seed)
-    model = centre_detector((None, None, None, 1), len(KINDS), width=plan.width)
+    model = centre_detector((None, None, None, 2), len(KINDS), width=plan.width)
     history = train_steps(model, nodule_draw(scans, plan, seed=seed), detection_loss(3, len(KINDS)), steps=plan.steps,
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-4, ema=0.995, clip_norm=5.0, seed=seed), out=out, progress=progress)
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #81c0823f
+# %% ../../nbs/experiments/04_detection.ipynb #9c4c7e79
 def second_set(scans, found, plan: Plan) -> dict:
     """What the second network learns from: cubes around the nodules, and around the first network's false alarms.
 
@@ -179,7 +179,7 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
     Returns
     -------
     callable
-        `draw(step) -> (x, y)`: x `(batch, cube, cube, cube, 1)` float32 in 0 … 1, y `(batch, 4)` one-hot.
+        `draw(step) -> (x, y)`: x `(batch, cube, cube, cube, 2)` float32 in 0 … 1, y `(batch, 4)` one-hot.
     """
     rows = [np.flatnonzero(data["labels"] == k) for k in range(1 + len(KINDS))]
     present = [k for k in range(1, len(rows)) if len(rows[k])]
@@ -191,9 +191,9 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
             cube = data["images"][rows[label][rng.integers(len(rows[label]))]]
             low = rng.integers(0, 5, 3)
             cube = cube[tuple(slice(a, a + plan.cube) for a in low)] + rng.normal(0, 20)
-            x.append(np.flip(hu_to_unit(cube), np.flatnonzero(rng.random(3) < 0.5)))
+            x.append(np.flip(ct_channels(cube), tuple(np.flatnonzero(rng.random(3) < 0.5))))
             y[slot, label] = 1
-        return np.stack(x)[..., None], y
+        return np.stack(x), y
     return draw
 
 
@@ -201,7 +201,7 @@ def train_second(data, plan: Plan, *, seed: int = 0, out=None, progress: bool = 
     """Train the second network; parameters as in `train_detector`, `data` from `second_set`."""
     import keras
     set_seed(seed)
-    model = candidate_net((plan.cube,) * 3 + (1,), 1 + len(KINDS), width=plan.width)
+    model = candidate_net((plan.cube,) * 3 + (2,), 1 + len(KINDS), width=plan.width)
     history = train_steps(model, second_draw(data, plan, seed=seed), lambda y, p: keras.ops.mean(keras.losses.categorical_crossentropy(y, p, from_logits=True)),
                           steps=plan.second_steps, out=out, progress=progress,
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-3, ema=0.99, clip_norm=1.0, seed=seed))
