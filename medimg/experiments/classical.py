@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'NETWORKS', 'Cases', 'outline', 'nodule_cases', 'lesion_cases', 'out_of_fold', 'deep_vs_classical']
 
-# %% ../../nbs/experiments/07_classical.ipynb #edea09d7
+# %% ../../nbs/experiments/07_classical.ipynb #b3bde82d
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Cases:
     'toy'
     """
 
-    name: str
+    name: str               # of the data
     table: np.ndarray       # (n, d) float32, features for the classical methods
     inputs: dict            # network -> array (n, …) float32
     truths: dict            # question -> (n,) int
@@ -76,7 +76,7 @@ def outline(cube, spacing_mm: float) -> np.ndarray:
     middle = pieces[tuple(n // 2 for n in cube.shape)]
     return (pieces == middle) & (middle > 0) | (r <= 1)
 
-# %% ../../nbs/experiments/07_classical.ipynb #27b75e56
+# %% ../../nbs/experiments/07_classical.ipynb #67cce941
 def nodule_cases(run: Run) -> Cases:
     """Nodules of crowded phantom patients: malignant or not, and which kind.
 
@@ -89,6 +89,13 @@ def nodule_cases(run: Run) -> Cases:
     -------
     Cases
         `inputs`: `mlp-28` (n, 28); `resnet-3d` (n, 16, 16, 16, 1), `cnn-rnn` (n, z, y, x, 1) and `resnet-planes` (n, y, x, 3), HU from -1000 to 400 as 0 to 1.
+
+    Examples
+    --------
+    >>> import tempfile; from pathlib import Path
+    >>> run = Run("deep-vs-classical", Path(tempfile.mkdtemp()), "ci", (0,))
+    >>> nodule_cases(run).table.shape        # doctest: +SKIP
+    (360, 28)
     """
     s = SIZES[run.profile]
     cubes = nodule_patches(10, s["patients"], size=s["size"], spacing_mm=s["spacing_mm"], crowded=s["crowded"])
@@ -112,7 +119,7 @@ def _kept(run, name, make):
             np.save(file, make())
     return np.load(path, allow_pickle=False)
 
-# %% ../../nbs/experiments/07_classical.ipynb #4549b5fa
+# %% ../../nbs/experiments/07_classical.ipynb #fb2da407
 def lesion_cases(run: Run) -> Cases:
     """Outlined lesions on breast ultrasound, benign or malignant, near-copies kept together; phantom radiographs where BUSI is not found.
 
@@ -126,6 +133,13 @@ def lesion_cases(run: Run) -> Cases:
     Cases
         `table` has 28 features and 54 patterns inside the outline; `inputs`: `mlp-28` (n, 28), and `resnet` (n, 64, 64, 2), 0 to 1, with the outline
         as second channel.
+
+    Examples
+    --------
+    >>> import tempfile; from pathlib import Path
+    >>> run = Run("deep-vs-classical", Path(tempfile.mkdtemp()), "ci", (0,))
+    >>> lesion_cases(run).table.shape        # doctest: +SKIP
+    (60, 82)
     """
     from medimg.data.datasets import load_dataset
     from medimg.data.leaks import leak_groups
@@ -143,10 +157,10 @@ def lesion_cases(run: Run) -> Cases:
     inputs = {"mlp-28": own[:, :28], "resnet": np.stack([small, shape], -1)}
     return Cases(dataset.name, own, inputs, {"malignant": y}, groups, grouped_folds(y, groups, folds=SIZES[run.profile]["folds"]))
 
-# %% ../../nbs/experiments/07_classical.ipynb #45da584e
+# %% ../../nbs/experiments/07_classical.ipynb #e8e663c2
 #: Network of each arm: name in the registry, options, full number of steps, peak learning rate. Fixed before any fold was answered.
 NETWORKS = {"mlp-28": ("mlp-28", {}, 800, 1e-3), "resnet-3d": ("resnet", {"width": 8}, 170, 4e-3), "resnet-planes": ("resnet", {}, 400, 3e-3),
-            "cnn-rnn": ("cnn-rnn", {}, 220, 4e-3), "resnet": ("resnet", {}, 300, 3e-3)}
+            "cnn-rnn": ("cnn-rnn", {}, 450, 3e-3), "resnet": ("resnet", {}, 300, 3e-3)}
 
 
 def _heads(truths):
@@ -213,7 +227,7 @@ def _classical_answers(cases, method, train, *, seed):
         out[question] = fit_rows(cases.table[train], y[train], method=method, params=params, groups=cases.groups[train], seed=seed).predict(cases.table[~train])
     return out
 
-# %% ../../nbs/experiments/07_classical.ipynb #1c55f88d
+# %% ../../nbs/experiments/07_classical.ipynb #09ac67fd
 def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
     """Answers of one method for every case, each by a training that saw no case of its group; kept, so that a second call only reads.
 
@@ -231,6 +245,13 @@ def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
     -------
     (dict of array (n, k) float64, dict)
         Probabilities for each question, and `wall_s` and `cpu_s` of all trainings.
+
+    Examples
+    --------
+    >>> import tempfile; from pathlib import Path
+    >>> run = Run("deep-vs-classical", Path(tempfile.mkdtemp()), "ci", (0,))
+    >>> out_of_fold(run, nodule_cases(run), "logistic", 0)[0]["kind"].shape        # doctest: +SKIP
+    (360, 3)
     """
     answers = {q: np.full((len(y), int(y.max()) + 1), np.nan) for q, y in cases.truths.items()}
     spent = {"wall_s": 0.0, "cpu_s": 0.0}
@@ -251,7 +272,7 @@ def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
             spent = {name: spent[name] + float(kept[f"_{name}"]) for name in spent}
     return answers, spent
 
-# %% ../../nbs/experiments/07_classical.ipynb #1d16f464
+# %% ../../nbs/experiments/07_classical.ipynb #55bf25ed
 def _score(question):
     """Metric and name: AUC of a yes-or-no question, share of right kinds otherwise."""
     return (auc, "AUC") if question == "malignant" else (lambda y, p: accuracy(y, p.argmax(1)), "accuracy")
@@ -286,11 +307,19 @@ def deep_vs_classical(run: Run) -> dict:
     Parameters
     ----------
     run : Run
+        As `run_experiment` makes it.
 
     Returns
     -------
     dict
         `figures`: AUC or accuracy of each arm out of fold, and paired differences against the ResNet; `about`: protocol, sizes, CPU seconds.
+
+    Examples
+    --------
+    >>> import tempfile; from pathlib import Path
+    >>> run = Run("deep-vs-classical", Path(tempfile.mkdtemp()), "ci", (0,))
+    >>> "nodules_malignant_logistic" in deep_vs_classical(run)["figures"]        # doctest: +SKIP
+    True
     """
     nodules, lesions = nodule_cases(run), lesion_cases(run)
     figures, times = {}, {}

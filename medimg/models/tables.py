@@ -144,7 +144,7 @@ def _svm(a, x):
 
 _ANSWERS = {"logistic": _logistic, "forest": _forest, "boosting": _boosting, "svm": _svm}
 
-# %% ../../nbs/models/10a_tables.ipynb #6a0c95ed
+# %% ../../nbs/models/10a_tables.ipynb #059d5b99
 def compile_model(scaler, model) -> TableModel:
     """A fitted scikit-learn scaler and classifier as a `TableModel`.
 
@@ -163,6 +163,15 @@ def compile_model(scaler, model) -> TableModel:
     ------
     ConfigError
         For any other estimator.
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+    >>> scaler = StandardScaler().fit(x)
+    >>> compile_model(scaler, LogisticRegression().fit(scaler.transform(x), [0, 0, 1, 1])).predict(x).argmax(1).tolist()
+    [0, 0, 1, 1]
     """
     base, kind = {"mean": scaler.mean_, "scale": scaler.scale_}, type(model).__name__
     if kind == "LogisticRegression":
@@ -192,6 +201,15 @@ def compile_svm(scaler, machines, slope, offset) -> TableModel:
     Returns
     -------
     TableModel
+
+    Examples
+    --------
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> from sklearn.svm import SVC
+    >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+    >>> scaler = StandardScaler().fit(x)
+    >>> compile_svm(scaler, [SVC(gamma=1.0).fit(scaler.transform(x), [0, 0, 1, 1])], [2.0], [0.0]).predict(x).argmax(1).tolist()
+    [0, 0, 1, 1]
     """
     sizes = [len(m.support_vectors_) for m in machines]
     weights, ends = np.zeros((len(machines), sum(sizes))), np.cumsum([0, *sizes])
