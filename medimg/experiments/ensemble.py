@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'scratch_network', 'scratch_pneumonia', 'snapshots', 'many_heads', 'held_out', 'ensembles']
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #b47f0a48
+# %% ../../nbs/experiments/08_ensemble.ipynb #b42a70a9
 import json
 import time
 from dataclasses import replace
@@ -23,10 +23,10 @@ from ..models.scratch_train import ScratchPredictor, draw_batches, jitter, load_
 from ..training.recipes import recipe
 from ..training.trainer import log_loss
 
-#: Epochs of a NumPy network, of a residual network, of one on half of the images, and of three heads; cycles of snapshots; images.
-SIZES = {"ci": {"scratch": 1, "resnet": 1, "half": 1, "heads": 1, "cycles": 1, "images": 120},
-         "course": {"scratch": 4, "resnet": 4, "half": 2, "heads": 2, "cycles": 2, "images": 1500},
-         "full": {"scratch": 15, "resnet": 24, "half": 8, "heads": 8, "cycles": 3, "images": None}}
+#: Epochs of a NumPy network, of a residual network, of both on half of the images, of three heads, and of one cycle of snapshots; cycles; images.
+SIZES = {"ci": {"scratch": 1, "resnet": 1, "half": 1, "heads": 1, "cycle": 1, "cycles": 1, "images": 120},
+         "course": {"scratch": 4, "resnet": 4, "half": 2, "heads": 2, "cycle": 2, "cycles": 2, "images": 1500},
+         "full": {"scratch": 15, "resnet": 24, "half": 6, "heads": 6, "cycle": 4, "cycles": 3, "images": None}}
 
 
 def _loaded(run):
@@ -158,7 +158,7 @@ def _members(run, plan, dataset):
     seeds = run.seeds if len(run.seeds) > 1 else (run.seeds[0], run.seeds[0] + 1)
     return [_fitted(plan, dataset, home / f"seed{seed}", seed=seed) for seed in seeds]
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #8ff815e3
+# %% ../../nbs/experiments/08_ensemble.ipynb #d56d8c20
 def snapshots(run, plan, dataset, seed: int = 0) -> tuple:
     """Copies of one network at the end of each of several cycles of the learning rate.
 
@@ -167,7 +167,7 @@ def snapshots(run, plan, dataset, seed: int = 0) -> tuple:
     run : Run
         Its `out` and `profile`.
     plan : Recipe
-        Its epochs are shared among the cycles.
+        Of the network; how long a cycle is stands in `SIZES`.
     dataset : ImageDataset
         With its folds.
     seed : int
@@ -188,7 +188,7 @@ def snapshots(run, plan, dataset, seed: int = 0) -> tuple:
     """
     cycles, weights, made = SIZES[run.profile]["cycles"], None, []
     for k in range(cycles):
-        made.append(_fitted(plan, dataset, run.out / f"snapshots{seed}" / f"cycle{k}", seed=100 + 10 * seed + k, start=weights, epochs=max(1, plan.config.epochs // cycles)))
+        made.append(_fitted(plan, dataset, run.out / f"snapshots{seed}" / f"cycle{k}", seed=100 + 10 * seed + k, start=weights, epochs=SIZES[run.profile]["cycle"]))
         weights = made[-1][0].get_weights()
     return [net for net, _ in made], sum(cost for _, cost in made)
 
