@@ -183,7 +183,7 @@ def _answers(net, scans):
     has = "attention" in {layer.name for layer in net.layers}
     return _logits(net, scans), leave_one_out(net, sick)[..., 0], np.asarray(attention_model(net)(sick)["attention"]) if has else None
 
-# %% ../../nbs/experiments/06_sequence.ipynb #548d947c
+# %% ../../nbs/experiments/06_sequence.ipynb #8d6631de
 def scan_level(run: Run) -> dict:
     """Poolings and recurrent layers over slices, trained on scan labels: AUC of the scans and pointing at the nodule's slice.
 
@@ -197,6 +197,11 @@ def scan_level(run: Run) -> dict:
     dict
         `figures`: `auc_METHOD`, `auc_METHOD_minus_mean`, `pointing_METHOD` (slice whose removal costs most), `pointing_by_attention`, `pointing_chance`,
         `pointing_attention_minus_chance`; `about`.
+
+    Examples
+    --------
+    >>> sorted(SIZES["full"]["methods"])
+    ['attention', 'gru', 'gru_memory', 'lstm', 'max', 'mean']
     """
     s, clock = SIZES[run.profile], Clock()
     train = scan_set(20, range(s["train"]), sick=3, folder=run.out)

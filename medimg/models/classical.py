@@ -372,7 +372,7 @@ def selection_frequency(x, y, groups=None, *, draws: int = 50, strength: float =
             kept += np.abs(model.coef_[0]) > 1e-8
     return kept / draws
 
-# %% ../../nbs/models/10_classical.ipynb #19115981
+# %% ../../nbs/models/10_classical.ipynb #8092d9bb
 #: What a `ClassicalPredictor` may compute of an image: names of the columns, and the function that makes the table.
 EXTRACTORS = {"features-28": (FEATURES_28, table_28), "patterns": (PATTERNS, table_patterns)}
 
@@ -441,7 +441,7 @@ class ClassicalPredictor:
         return self.model.predict(self.features(images, masks))
 
     def save(self, path) -> Path:
-        """Write everything to `path`, one `.npz` of plain arrays and JSON; no training case is in it, but an SVM's support vectors are feature rows of patients."""
+        """Write everything to one `.npz` of plain arrays and JSON; no training case is in it, but an SVM's support vectors are feature rows of patients."""
         return save_arrays(path, self.model.arrays, {"medimg": "classical-1", "kind": self.model.kind, "classes": self.classes, "extractor": self.extractor})
 
 
