@@ -74,6 +74,10 @@ def box_draw(images, boxes, *, seed: int = 0, batch: int = 8):
     -------
     callable
         `draw(step) -> (x, y)` as `medimg.training.loop.train_steps` wants it.
+
+    Examples
+    --------
+    >>> x, y = box_draw(images, boxes)(0)  # doctest: +SKIP
     """
     have = np.isfinite(boxes[:, 0, 0])
     groups = [rows if len(rows) else np.arange(len(images)) for rows in (np.flatnonzero(have), np.flatnonzero(~have))]
@@ -118,6 +122,10 @@ def best_box(model, images) -> tuple:
     -------
     boxes : array (n, 4), (y0, x0, y1, x1) in pixels
     scores : array (n,), 0 to 1
+
+    Examples
+    --------
+    >>> best_box(detections)  # doctest: +SKIP
     """
     boxes, scores = [], []
     for k in range(0, len(images), 32):
@@ -158,7 +166,7 @@ def _inside(found, truth):
     centre = (found[:, :2] + found[:, 2:]) / 2
     return ((centre >= truth[:, :2]) & (centre < truth[:, 2:])).all(1)
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #f7a4e763
+# %% ../../nbs/experiments/04b_boxes.ipynb #5cd5c055
 def nih_boxes(run) -> dict:
     """The experiment `nih-boxes`: can a detector learn pneumonia from 43 boxes, and does rehearsing on phantoms help.
 
@@ -170,6 +178,11 @@ def nih_boxes(run) -> dict:
     -------
     dict
         `figures` and `about`, as `medimg.experiments.protocol.run_experiment` stores them.
+
+    Examples
+    --------
+    >>> from medimg.experiments.protocol import run_experiment  # doctest: +SKIP
+    >>> list(run_experiment("nih-boxes", profile="ci")["figures"])  # doctest: +SKIP
     """
     n, first, then, some, *_ = _BOXES[run.profile]
     phantoms = boxed_phantoms(n, folder=run.out)
@@ -200,7 +213,7 @@ def _real_boxes(run, some):
     return {"images": data.images[keep], "boxes": data.boxes[keep, 0], "patient_ids": data.patient_ids[keep], "fold": np.asarray(data.meta["fold"])[keep] % _BOXES[run.profile][4],
             "name": data.name, "checksum": data.checksum}
 
-
+# %% ../../nbs/experiments/04b_boxes.ipynb #bfca9cd9
 def _crossed(run, name, real, steps, seed, start):
     """Answers for each image by a network that saw only other folds' patients."""
     boxes, scores, spent = np.zeros((len(real["fold"]), 4)), np.zeros(len(real["fold"])), 0.0
@@ -225,6 +238,10 @@ def box_figures(answers, real) -> dict:
     Returns
     -------
     dict
+
+    Examples
+    --------
+    >>> list(box_figures(answers, real))  # doctest: +SKIP
     """
     have = np.isfinite(real["boxes"][:, 0])
     truth, patients, side = real["boxes"][have], real["patient_ids"][have], real["images"].shape[2]
@@ -247,7 +264,7 @@ def _mean_iou(y, p):
     """Mean overlap of pairs of boxes: intersection over union."""
     return float(np.mean([box_iou(a[None], b[None])[0, 0] for a, b in zip(y, p)]))
 
-
+# %% ../../nbs/experiments/04b_boxes.ipynb #1f95a048
 def _box_facts(run, real, phantoms, spent):
     have = np.isfinite(real["boxes"][:, 0])
     return {"images_with_box": int(have.sum()), "images_without": int((~have).sum()), "patients_with_box": len(np.unique(real["patient_ids"][have])),

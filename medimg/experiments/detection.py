@@ -34,6 +34,8 @@ COHORTS = {"train": 10, "validation": 11, "test": 1, "rehearsal": 13}
 class Plan:
     """Sizes of the nodule experiment.
 
+    `spacing_mm` is the grid of the scans, `steps` and `second_steps` the batches of both networks, `second_batch` the cubes of one, `learning_rate` the peak.
+
     Examples
     --------
     >>> PLANS["full"].test
@@ -133,6 +135,10 @@ def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool
     -------
     model : keras.Model
     history : list of dict
+
+    Examples
+    --------
+    >>> train_detector(scans, PLANS["ci"])  # doctest: +SKIP
     """
     set_seed(seed)
     model = centre_detector((None, None, None, 2), len(KINDS), width=plan.width)
@@ -155,6 +161,10 @@ def second_set(scans, found, plan: Plan) -> dict:
     -------
     dict
         `images` (n, edge, edge, edge) int16 HU, 4 voxels larger than `plan.cube` for shifts; `labels` (n,) int, 0 nothing, 1 + index of the kind.
+
+    Examples
+    --------
+    >>> second_set(scans, found, PLANS["ci"])  # doctest: +SKIP
     """
     images, labels = [], []
     for scan, detections in zip(scans, found):
@@ -180,6 +190,10 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
     -------
     callable
         `draw(step) -> (x, y)`: x `(batch, cube, cube, cube, 2)` float32 in 0 … 1, y `(batch, 4)` one-hot.
+
+    Examples
+    --------
+    >>> second_draw(second_set(scans, found, PLANS["ci"]), PLANS["ci"])(0)  # doctest: +SKIP
     """
     rows = [np.flatnonzero(data["labels"] == k) for k in range(1 + len(KINDS))]
     present = [k for k in range(1, len(rows)) if len(rows[k])]
@@ -198,7 +212,14 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
 
 
 def train_second(data, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
-    """Train the second network; parameters as in `train_detector`, `data` from `second_set`."""
+    """Train the second network; parameters as in `train_detector`, `data` from `second_set`.
+
+    `plan`, `seed`, `out` and `progress` are those of `train_detector`.
+
+    Examples
+    --------
+    >>> train_second(data, PLANS["ci"])  # doctest: +SKIP
+    """
     import keras
     set_seed(seed)
     model = candidate_net((plan.cube,) * 3 + (2,), 1 + len(KINDS), width=plan.width)
@@ -224,6 +245,10 @@ def search_scan(first, second, scan, plan: Plan, *, lungs=None) -> list:
     -------
     list of dict
         `detection` (of the first look) and `second` (the second look's own score and kinds, or None).
+
+    Examples
+    --------
+    >>> search_scan(first, second, scan, PLANS["ci"])  # doctest: +SKIP
     """
     lungs = segment_lungs(scan.volume) if lungs is None else lungs
     found = find_lesions(first, scan.volume, kinds=KINDS, mask=lungs > 0, top=40)
@@ -277,11 +302,15 @@ def choose_weight(found, scans, *, weights=(0.0, 0.25, 0.5, 0.75, 1.0)) -> tuple
     -------
     (float, dict)
         The weight, and the CPM of each.
+
+    Examples
+    --------
+    >>> choose_weight(found, scans)  # doctest: +SKIP
     """
     cpm = {w: round(float(sensitivities([score_scan(merged(rows, w), scan.nodules) for rows, scan in zip(found, scans)]).mean()), 4) for w in weights}
     return max(cpm, key=cpm.get), cpm
 
-# %% ../../nbs/experiments/04_detection.ipynb #b8a84e42
+# %% ../../nbs/experiments/04_detection.ipynb #756f62d0
 def _people(run, name, plan):
     return phantom_cohort(getattr(plan, name), seed=COHORTS["rehearsal" if name == "test" and run.profile != "full" else name])
 
@@ -318,7 +347,7 @@ def _alarms(first, scans):
         out.append([{"detection": one, "second": None} for one in find_lesions(first, scan.volume, kinds=KINDS, mask=box, top=20)])
     return out
 
-
+# %% ../../nbs/experiments/04_detection.ipynb #903af089
 def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     """Both networks of one seed, and the weight of the second look, chosen on validation scans.
 
@@ -335,6 +364,10 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     -------
     dict
         `first`, `second` (callables), `weight`, `validation_cpm` (by weight), `cpu_s` of both trainings.
+
+    Examples
+    --------
+    >>> train_pair(run, PLANS["ci"], 0, learn, tune)["weight"]  # doctest: +SKIP
     """
     from medimg.models.blocks import _keras
     _keras()
@@ -351,7 +384,7 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     return {"seed": seed, "first": first, "second": second, "weight": weight, "validation_cpm": {str(w): v for w, v in cpm.items()},
             "cpu_s": round(history[-1]["cpu_s"] + later[-1]["cpu_s"], 1), "wall_s": round(history[-1]["seconds"] + later[-1]["seconds"], 1)}
 
-# %% ../../nbs/experiments/04_detection.ipynb #e2590d5b
+# %% ../../nbs/experiments/04_detection.ipynb #a058458c
 def look_at_test(run, plan: Plan, pairs) -> dict:
     """The one look at the test cohort: both networks of each seed, and the yardstick, on every scan.
 
@@ -366,6 +399,10 @@ def look_at_test(run, plan: Plan, pairs) -> dict:
     -------
     dict
         `scans`; `rows` (by seed, by scan, from `search_scan`); `log` (by scan, candidates of the Laplacian of Gaussians); `cpu_s` by step, a scan.
+
+    Examples
+    --------
+    >>> look_at_test(run, PLANS["ci"], pairs)["rows"]  # doctest: +SKIP
     """
     people = _people(run, "test", plan)
     checksum = sha256_of(json.dumps([one.truth() for one in people], sort_keys=True).encode())
@@ -395,7 +432,7 @@ def _remember(path, spent):
     write_atomic(path, json.dumps(known | spent))
     return known | spent
 
-
+# %% ../../nbs/experiments/04_detection.ipynb #d447ab91
 def nodule_detection(run) -> dict:
     """The experiment `nodule-detection`: nodules of 4 mm or more in unseen phantom scans.
 
@@ -407,6 +444,11 @@ def nodule_detection(run) -> dict:
     -------
     dict
         `figures` and `about`, as `medimg.experiments.protocol.run_experiment` stores them.
+
+    Examples
+    --------
+    >>> from medimg.experiments.protocol import run_experiment  # doctest: +SKIP
+    >>> run_experiment("nodule-detection", profile="ci")["figures"]["cpm"]  # doctest: +SKIP
     """
     plan = PLANS[run.profile]
     learn, tune = _scans(run, "train", plan), _scans(run, "validation", plan)
@@ -431,6 +473,10 @@ def nodule_figures(both, alone, log, scans) -> dict:
     Returns
     -------
     dict
+
+    Examples
+    --------
+    >>> nodule_figures(both, alone, log, scans)["cpm"]  # doctest: +SKIP
     """
     def parts(lists):
         return [score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]
@@ -450,7 +496,7 @@ def nodule_figures(both, alone, log, scans) -> dict:
         figures["kind_accuracy"] = over_scans(found["kind_right"], found["scan"], np.mean) | {"target": 0.9}
     return figures
 
-
+# %% ../../nbs/experiments/04_detection.ipynb #424a6585
 def _about(plan, pairs, both, seen):
     scans = seen["scans"]
     curve = np.mean([sensitivities([score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]) for lists in both], axis=0)

@@ -134,12 +134,26 @@ def cpm_figure(parts_by_seed, *, others=None, target=None) -> dict:
 
 # %% ../../nbs/experiments/04a_froc.ipynb #654ccd62
 def of_kind(parts, scans, kind):
-    """Only the nodules of one kind; the alarms of all."""
+    """Only the nodules of one kind; the alarms of all.
+
+    `parts` are what `score_scan` gives for each of `scans`; only nodules of `kind` are kept.
+
+    Examples
+    --------
+    >>> of_kind(parts, scans, "solid")  # doctest: +SKIP
+    """
     return [(hits[[one.kind == kind for one in scan.nodules if one.diameter_mm >= 4.0]], alarms) for (hits, alarms), scan in zip(parts, scans)]
 
 
 def over_scans(values, scan, statistic=np.median, n_boot=1000):
-    """Statistic of values with an interval over scans."""
+    """Statistic of values with an interval over scans.
+
+    `statistic` of `values` (n,), with an interval from `n_boot` resamples of whole scans, `scan` (n,) saying whose each value is.
+
+    Examples
+    --------
+    >>> over_scans(np.array([1.0, 2.0, 3.0]), np.array([0, 1, 2]))["value"]  # doctest: +SKIP
+    """
     rng, groups = np.random.default_rng(0), [values[scan == k] for k in np.unique(scan)]
     draws = [statistic(np.concatenate([groups[k] for k in rng.integers(0, len(groups), len(groups))])) for _ in range(n_boot)]
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -158,6 +172,10 @@ def quality(found, scans) -> dict:
     -------
     dict
         `centre_mm`, `diameter_mm` (absolute errors) and `kind_right` (bool), arrays with one value a found nodule; `scan` (int), whose it is; `threshold`.
+
+    Examples
+    --------
+    >>> quality(found, scans)["centre_mm"]  # doctest: +SKIP
     """
     parts = [score_scan(one, scan.nodules) for one, scan in zip(found, scans)]
     alarms = np.sort(np.concatenate([part[1] for part in parts]))[::-1]

@@ -245,6 +245,8 @@ def _patches(scan, size, negatives):
 def free_places(scan: LungScan, *, least_mm: float = 10.0) -> np.ndarray:
     """Places in the lungs that are this far from the surface of every nodule.
 
+    `scan` is a LungScan; places nearer than `least_mm` to a nodule are left out.
+
     Returns
     -------
     array, (n, 3), int16, (z, y, x) in voxels

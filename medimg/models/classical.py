@@ -441,7 +441,7 @@ class ClassicalPredictor:
         return self.model.predict(self.features(images, masks))
 
     def save(self, path) -> Path:
-        """Write everything to one `.npz` of plain arrays and JSON; no training case is in it, but an SVM's support vectors are feature rows of patients."""
+        """To `path`: write everything to one `.npz` of plain arrays and JSON; no training case is in it, but an SVM's support vectors are feature rows of patients."""
         return save_arrays(path, self.model.arrays, {"medimg": "classical-1", "kind": self.model.kind, "classes": self.classes, "extractor": self.extractor})
 
 
