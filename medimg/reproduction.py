@@ -53,7 +53,7 @@ def _lies(value, low, high, slack=0.0):
         return value is low
     return low - slack <= value <= high + slack
 
-# %% ../nbs/foundations/reproduction.ipynb #a26faaa4
+# %% ../nbs/foundations/reproduction.ipynb #889f069b
 def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real", seed: int | None = None, n: int | None = None, update: bool = False,
               progress: bool = True, log=None, seeds=None) -> dict:
     """Make a shipped bundle or the figures of an experiment again, and compare with what is stored.
@@ -115,7 +115,7 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
         _ship(result, out / "bundle", home)
     return result
 
-# %% ../nbs/foundations/reproduction.ipynb #190ee5af
+# %% ../nbs/foundations/reproduction.ipynb #17005b94
 def _dataset(r, data, profile, n, progress):
     from medimg.api import _load, _most, _remedy
     from medimg.config import profile_of

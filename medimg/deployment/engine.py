@@ -206,7 +206,7 @@ def export_onnx(model, path) -> Path:
         tmp.write_bytes(_named_graph(model, names))
     return Path(path)
 
-# %% ../../nbs/deployment/02_engine.ipynb #575863ca
+# %% ../../nbs/deployment/02_engine.ipynb #721adc5c
 def _named_graph(model, names):
     import logging
     import tempfile
@@ -234,7 +234,7 @@ def _graphs(graph):
     for inner in (g for node in graph.node for a in node.attribute for g in ([a.g] if a.HasField("g") else list(a.graphs))):
         yield from _graphs(inner)
 
-# %% ../../nbs/deployment/02_engine.ipynb #85bfd7d3
+# %% ../../nbs/deployment/02_engine.ipynb #959fe33c
 def _rename(graph, names):
     """Chosen names outside, numbers inside: the file then tells nothing of the session that made it."""
     for g in _graphs(graph):

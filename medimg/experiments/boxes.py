@@ -20,7 +20,7 @@ from ..models.detector import centre_detector, centre_targets, decode, detection
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #599a2fb7
+# %% ../../nbs/experiments/04b_boxes.ipynb #ddd880f1
 #: Profile -> phantom radiographs, steps on them, steps on the real boxes, real images, folds, width and levels of the network.
 _BOXES = {"ci": (6, 3, 2, 20, 2, 4, 1), "course": (60, 120, 40, 200, 5, 16, 4), "full": (200, 500, 150, None, 5, 16, 4)}
 
@@ -96,7 +96,7 @@ def box_draw(images, boxes, *, seed: int = 0, batch: int = 8):
         return np.stack(x).astype(np.float32), np.stack(y)
     return draw
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #118c3d3f
+# %% ../../nbs/experiments/04b_boxes.ipynb #5fbb6489
 def _fit_boxes(run, name, images, boxes, *, steps, seed, start=None):
     """A detector of boxes, from random weights or from those of `start`."""
     set_seed(seed)
@@ -166,7 +166,7 @@ def _inside(found, truth):
     centre = (found[:, :2] + found[:, 2:]) / 2
     return ((centre >= truth[:, :2]) & (centre < truth[:, 2:])).all(1)
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #5cd5c055
+# %% ../../nbs/experiments/04b_boxes.ipynb #2c689275
 def nih_boxes(run) -> dict:
     """The experiment `nih-boxes`: can a detector learn pneumonia from 43 boxes, and does rehearsing on phantoms help.
 
@@ -213,7 +213,7 @@ def _real_boxes(run, some):
     return {"images": data.images[keep], "boxes": data.boxes[keep, 0], "patient_ids": data.patient_ids[keep], "fold": np.asarray(data.meta["fold"])[keep] % _BOXES[run.profile][4],
             "name": data.name, "checksum": data.checksum}
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #bfca9cd9
+# %% ../../nbs/experiments/04b_boxes.ipynb #12dc20fa
 def _crossed(run, name, real, steps, seed, start):
     """Answers for each image by a network that saw only other folds' patients."""
     boxes, scores, spent = np.zeros((len(real["fold"]), 4)), np.zeros(len(real["fold"])), 0.0
@@ -264,7 +264,7 @@ def _mean_iou(y, p):
     """Mean overlap of pairs of boxes: intersection over union."""
     return float(np.mean([box_iou(a[None], b[None])[0, 0] for a, b in zip(y, p)]))
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #1f95a048
+# %% ../../nbs/experiments/04b_boxes.ipynb #fb02522f
 def _box_facts(run, real, phantoms, spent):
     have = np.isfinite(real["boxes"][:, 0])
     return {"images_with_box": int(have.sum()), "images_without": int((~have).sum()), "patients_with_box": len(np.unique(real["patient_ids"][have])),

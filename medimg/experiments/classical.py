@@ -157,7 +157,7 @@ def lesion_cases(run: Run) -> Cases:
     inputs = {"mlp-28": own[:, :28], "resnet": np.stack([small, shape], -1)}
     return Cases(dataset.name, own, inputs, {"malignant": y}, groups, grouped_folds(y, groups, folds=SIZES[run.profile]["folds"]))
 
-# %% ../../nbs/experiments/07_classical.ipynb #06a27d6c
+# %% ../../nbs/experiments/07_classical.ipynb #0c5b8a9a
 #: Network of each arm: name in the registry, options, full number of steps, peak learning rate. Fixed before any fold was answered.
 NETWORKS = {"mlp-28": ("mlp-28", {}, 800, 1e-3), "resnet-3d": ("resnet", {"width": 8}, 170, 4e-3), "resnet-planes": ("resnet", {}, 400, 3e-3),
             "cnn-rnn": ("cnn-rnn", {}, 450, 3e-3), "resnet": ("resnet", {}, 300, 3e-3)}
@@ -198,7 +198,7 @@ def _drawer(x, y, seed, batch=32):
         return images, y[rows].astype(np.float32)
     return draw
 
-# %% ../../nbs/experiments/07_classical.ipynb #fd737dc9
+# %% ../../nbs/experiments/07_classical.ipynb #d7008da3
 def _network_answers(cases, arm, train, *, seed, share):
     """Probabilities of all held-out cases for each question: {question: (n_out, k)}."""
     from medimg.training.loop import train_steps

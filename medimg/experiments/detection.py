@@ -25,7 +25,7 @@ from ..models.detector import centre_detector, centre_targets, detection_loss
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04_detection.ipynb #abb696d8
+# %% ../../nbs/experiments/04_detection.ipynb #3dc2790e
 #: Cohorts of `phantom_cohort`: nobody is in two of them. The test cohort is for the full profile; smaller ones rehearse on another.
 COHORTS = {"train": 10, "validation": 11, "test": 1, "rehearsal": 13}
 
@@ -118,7 +118,7 @@ def _patch(scan, objects, centre, plan, rng):
     here["index"] = np.where(turned, plan.edge - 1 - index[near], index[near])
     return image, centre_targets((plan.edge,) * 3, here, spacing_mm=plan.spacing_mm, classes=len(KINDS))
 
-# %% ../../nbs/experiments/04_detection.ipynb #afeab1fc
+# %% ../../nbs/experiments/04_detection.ipynb #4118efe2
 def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
     """Train the first network.
 
@@ -146,7 +146,7 @@ def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-4, ema=0.995, clip_norm=5.0, seed=seed), out=out, progress=progress)
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #9c4c7e79
+# %% ../../nbs/experiments/04_detection.ipynb #482e6457
 def second_set(scans, found, plan: Plan) -> dict:
     """What the second network learns from: cubes around the nodules, and around the first network's false alarms.
 
@@ -228,7 +228,7 @@ def train_second(data, plan: Plan, *, seed: int = 0, out=None, progress: bool = 
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-3, ema=0.99, clip_norm=1.0, seed=seed))
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #ff73bb18
+# %% ../../nbs/experiments/04_detection.ipynb #bc08734e
 def search_scan(first, second, scan, plan: Plan, *, lungs=None) -> list:
     """Both looks at one scan, with the scores of each kept apart.
 
@@ -287,7 +287,7 @@ def merged(rows, weight: float) -> list:
         out.append(one)
     return sorted(out, key=lambda one: -one.score)
 
-# %% ../../nbs/experiments/04_detection.ipynb #dac381ac
+# %% ../../nbs/experiments/04_detection.ipynb #91401ac4
 def choose_weight(found, scans, *, weights=(0.0, 0.25, 0.5, 0.75, 1.0)) -> tuple:
     """The share of the second look with the highest CPM on validation scans.
 
@@ -310,7 +310,7 @@ def choose_weight(found, scans, *, weights=(0.0, 0.25, 0.5, 0.75, 1.0)) -> tuple
     cpm = {w: round(float(sensitivities([score_scan(merged(rows, w), scan.nodules) for rows, scan in zip(found, scans)]).mean()), 4) for w in weights}
     return max(cpm, key=cpm.get), cpm
 
-# %% ../../nbs/experiments/04_detection.ipynb #756f62d0
+# %% ../../nbs/experiments/04_detection.ipynb #a7b3f501
 def _people(run, name, plan):
     return phantom_cohort(getattr(plan, name), seed=COHORTS["rehearsal" if name == "test" and run.profile != "full" else name])
 
@@ -347,7 +347,7 @@ def _alarms(first, scans):
         out.append([{"detection": one, "second": None} for one in find_lesions(first, scan.volume, kinds=KINDS, mask=box, top=20)])
     return out
 
-# %% ../../nbs/experiments/04_detection.ipynb #903af089
+# %% ../../nbs/experiments/04_detection.ipynb #77f11721
 def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     """Both networks of one seed, and the weight of the second look, chosen on validation scans.
 
@@ -384,7 +384,7 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     return {"seed": seed, "first": first, "second": second, "weight": weight, "validation_cpm": {str(w): v for w, v in cpm.items()},
             "cpu_s": round(history[-1]["cpu_s"] + later[-1]["cpu_s"], 1), "wall_s": round(history[-1]["seconds"] + later[-1]["seconds"], 1)}
 
-# %% ../../nbs/experiments/04_detection.ipynb #a058458c
+# %% ../../nbs/experiments/04_detection.ipynb #aefca670
 def look_at_test(run, plan: Plan, pairs) -> dict:
     """The one look at the test cohort: both networks of each seed, and the yardstick, on every scan.
 
@@ -432,7 +432,7 @@ def _remember(path, spent):
     write_atomic(path, json.dumps(known | spent))
     return known | spent
 
-# %% ../../nbs/experiments/04_detection.ipynb #d447ab91
+# %% ../../nbs/experiments/04_detection.ipynb #6e59a9fa
 def nodule_detection(run) -> dict:
     """The experiment `nodule-detection`: nodules of 4 mm or more in unseen phantom scans.
 
@@ -496,7 +496,7 @@ def nodule_figures(both, alone, log, scans) -> dict:
         figures["kind_accuracy"] = over_scans(found["kind_right"], found["scan"], np.mean) | {"target": 0.9}
     return figures
 
-# %% ../../nbs/experiments/04_detection.ipynb #424a6585
+# %% ../../nbs/experiments/04_detection.ipynb #98ae9c45
 def _about(plan, pairs, both, seen):
     scans = seen["scans"]
     curve = np.mean([sensitivities([score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]) for lists in both], axis=0)

@@ -132,7 +132,7 @@ def cpm_figure(parts_by_seed, *, others=None, target=None) -> dict:
                         values=values, sd=float(np.std(values, ddof=1)) if len(values) > 1 else None, n=len(parts_by_seed[0]),
                         **({} if target is None else {"target": target}))
 
-# %% ../../nbs/experiments/04a_froc.ipynb #654ccd62
+# %% ../../nbs/experiments/04a_froc.ipynb #e18ef8ea
 def of_kind(parts, scans, kind):
     """Only the nodules of one kind; the alarms of all.
 
@@ -159,7 +159,7 @@ def over_scans(values, scan, statistic=np.median, n_boot=1000):
     low, high = np.percentile(draws, [2.5, 97.5])
     return plain_figure(statistic(values), low=float(low), high=float(high), interval=f"bootstrap, {n_boot} resamples of {len(groups)} scans", n=len(values))
 
-# %% ../../nbs/experiments/04a_froc.ipynb #0eb4c432
+# %% ../../nbs/experiments/04a_froc.ipynb #53a5edf7
 def quality(found, scans) -> dict:
     """How well found nodules are placed, measured and named, at one false alarm a scan.
 

@@ -225,7 +225,7 @@ def nodule_patches(cohort_seed: int, patients, *, size: int = 32, spacing_mm: fl
         _keep(path, **cubes)
     return cubes
 
-# %% ../../nbs/experiments/00a_nodules.ipynb #598dea4b
+# %% ../../nbs/experiments/00a_nodules.ipynb #e302d330
 def _patches(scan, size, negatives):
     """One dict a cube: nodules first, then places without one."""
     out, patient = [], scan.patient

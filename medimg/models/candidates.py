@@ -24,7 +24,7 @@ class Detection:
     --------
     >>> one = Detection("nodule", 0.9, "solid", centroid_mm=(10.0, 20.0, 30.0), diameter_mm=8.0, box=(4, 10, 12, 8, 14, 16))
     >>> one.finding()["mean_diameter_mm"], one.finding()["box_yx"], one.finding()["slice"]
-    (8.0, (10, 12, 14, 16), 6)
+    (8.0, (10, 12, 14, 16), 5)
     """
 
     label: str                          # what it is, in words

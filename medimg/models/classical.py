@@ -372,7 +372,7 @@ def selection_frequency(x, y, groups=None, *, draws: int = 50, strength: float =
             kept += np.abs(model.coef_[0]) > 1e-8
     return kept / draws
 
-# %% ../../nbs/models/10_classical.ipynb #8092d9bb
+# %% ../../nbs/models/10_classical.ipynb #c23a9079
 #: What a `ClassicalPredictor` may compute of an image: names of the columns, and the function that makes the table.
 EXTRACTORS = {"features-28": (FEATURES_28, table_28), "patterns": (PATTERNS, table_patterns)}
 

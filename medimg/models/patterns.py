@@ -65,7 +65,7 @@ def lbp_histogram(image, mask=None, *, points: int = 8, radius: float = 1.0) -> 
     Examples
     --------
     >>> lbp_histogram(np.arange(64).reshape(8, 8)).round(2).tolist()[:3]
-    [0.0, 0.0, 0.0]
+    [0.02, 0.11, 0.11]
     """
     a, m = _flat(image, mask)
     codes = _skimage().feature.local_binary_pattern((a * 65535).round().astype(np.uint16), points, radius, "uniform")
