@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Detection', 'nms_mm', 'hu_to_unit', 'ct_channels', 'find_lesions', 'candidate_net', 'cube_around', 'judge']
 
-# %% ../../nbs/models/07a_candidates.ipynb #d20727b1
+# %% ../../nbs/models/07a_candidates.ipynb #6b869909
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -33,7 +33,7 @@ def _flat(image, mask):
     low, high = a[m].min(), a[m].max()
     return np.clip((a - low) / (high - low), 0, 1), m
 
-# %% ../../nbs/models/09b_patterns.ipynb #ec86c0f8
+# %% ../../nbs/models/09b_patterns.ipynb #2f884ec8
 def lbp_histogram(image, mask=None, *, points: int = 8, radius: float = 1.0) -> np.ndarray:
     """How often each rotation-invariant uniform local binary pattern occurs: spots, edges, corners, flat.
 
