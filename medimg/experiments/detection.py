@@ -496,7 +496,7 @@ def nodule_figures(both, alone, log, scans) -> dict:
         figures["kind_accuracy"] = over_scans(found["kind_right"], found["scan"], np.mean) | {"target": 0.9}
     return figures
 
-# %% ../../nbs/experiments/04_detection.ipynb #98ae9c45
+# %% ../../nbs/experiments/04_detection.ipynb #f09e48f0
 def _about(plan, pairs, both, seen):
     scans = seen["scans"]
     curve = np.mean([sensitivities([score_scan(one, scan.nodules)[:2] for one, scan in zip(lists, scans)]) for lists in both], axis=0)

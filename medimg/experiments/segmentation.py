@@ -242,7 +242,7 @@ def _one_level(t, z):
     share = both / (tf.reduce_sum(p, axes) + tf.reduce_sum(t, axes) + 1)
     return tf.reduce_mean(entropy) + 1 - tf.reduce_mean(share if single else share[:, 1:])
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #08c65fb4
+# %% ../../nbs/experiments/03_segmentation.ipynb #c349250b
 #: Size of each experiment by profile: side in px, network, films a step, steps. Chosen by the time that they may take.
 PLANS = {
     "xray-lungs": {"ci": {"side": 64, "width": 4, "levels": 3, "stem": 1, "batch": 4, "steps": 6}, "course": {"side": 128, "width": 8, "levels": 4, "stem": 1, "batch": 4, "steps": 150},
