@@ -59,6 +59,17 @@ def run_node(op, v, a):
         return F.interpolate(v[0], size=size, scale_factor=scale, mode="nearest" if a.get("mode", b"nearest") in ("nearest", b"nearest") else {4: "bilinear", 5: "trilinear"}[v[0].dim()])
     if op == "Transpose": return v[0].permute(*a["perm"])
     if op == "Reshape": return v[0].reshape([v[0].shape[i] if s == 0 else int(s) for i, s in enumerate(v[1].tolist())])
+    if op == "Shape": return torch.tensor(v[0].shape)
+    if op == "Gather": return torch.index_select(v[0], a.get("axis", 0), v[1].reshape(-1).long()).reshape(*v[0].shape[:a.get("axis", 0)], *v[1].shape, *v[0].shape[a.get("axis", 0) + 1:])
+    if op == "Cast": return v[0].to({1: torch.float32, 6: torch.int32, 7: torch.int64}[a["to"]])
+    if op == "ReduceProd": return v[0].prod() if not a.get("keepdims", 1) else v[0].prod().reshape(1)
+    if op == "Slice":
+        at = [slice(None)] * v[0].dim()
+        for begin, end, axis in zip(v[1].tolist(), v[2].tolist(), v[3].tolist() if len(v) > 3 else range(v[0].dim())): at[axis] = slice(begin, end)
+        return v[0][tuple(at)]
+    if op == "Tile": return v[0].repeat(*v[1].tolist())
+    if op == "Pad": return F.pad(v[0], pads({"pads": v[1].tolist()}, v[0].dim()))
+    if op == "LeakyRelu": return F.leaky_relu(v[0], a.get("alpha", 0.01))
     if op == "Concat": return torch.cat(v, a["axis"])
     if op == "GlobalAveragePool": return v[0].mean(tuple(range(2, v[0].dim())), keepdim=True)
     if op == "ReduceMean": return v[0].mean(tuple(a["axes"] if "axes" in a else v[1].tolist()), keepdim=bool(a.get("keepdims", 1)))
