@@ -19,10 +19,6 @@ RESULTS = ROOT / "results" / "models.json"
 STORED = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
-#: Experiments whose figures are not stored yet, and why: `medimg reproduce` runs them, the closing note of the issue names them.
-OWED = {"nih-boxes": "not run in profile full"}
-
-
 def mean_of(y, p):
     return float(np.mean(p))
 
@@ -192,10 +188,6 @@ def test_each_experiment_has_a_function_and_a_page(name):
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
 def test_each_experiment_is_stored(name):
     r = STORED.get(name)
-    if name in OWED:
-        print(f"owed: {name}: {OWED[name]}")
-        assert r is None, f"{name} is stored: take it off the list of what is owed"
-        return
     assert r, f"results/models.json has no {name}; remedy: medimg reproduce {name} --update"
     assert r["profile"] == "full" and r["command"] == f"medimg reproduce {name}" and r["cpu_s"] > 0 and r["seeds"] and r["figures"]
     for key, f in r["figures"].items():
