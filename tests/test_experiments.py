@@ -96,6 +96,34 @@ def test_one_class_is_typed():
         seeds_figure(auc, np.zeros(20, int), [np.arange(20.0)])
 
 
+# --- made once, asked in parts
+
+def test_what_is_made_once_is_made_once_and_is_whole_or_absent(tmp_path):
+    path, calls = tmp_path / "deep" / "a.npz", []
+
+    def make():
+        calls.append(1)
+        return {"x": np.arange(6.0).reshape(2, 3), "names": np.array(["a", "b"])}
+    first, again = protocol.made_once(path, make), protocol.made_once(path, make)
+    assert calls == [1] and all(np.array_equal(first[k], again[k]) and first[k].dtype == again[k].dtype for k in ("x", "names"))
+    assert protocol.made_once(None, make)["x"].shape == (2, 3) and calls == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        protocol.made_once(tmp_path / "b.npz", lambda: {"x": np.array(1 / 0)})
+    with pytest.raises(ValueError, match="allow_pickle"):
+        protocol.made_once(tmp_path / "c.npz", lambda: {"x": np.array([object()])})
+    assert not (tmp_path / "b.npz").exists()
+
+
+def test_answers_in_parts_equal_answers_at_once():
+    seen, x = [], np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+
+    def net(part, training):
+        seen.append((len(part), training))
+        return part @ np.ones((3, 2), np.float32)
+    assert np.allclose(protocol.logits_of(net, x, size=4), x @ np.ones((3, 2)), atol=1e-6)
+    assert seen == [(4, False), (4, False), (3, False)]
+
+
 # --- ledger and table
 
 def test_the_ledger_counts_these_images_only_and_survives_a_cut_line(tmp_path):

@@ -1,6 +1,7 @@
 """What is built and locked follows from settings.ini; the base installation carries permissive licences only."""
 import importlib.metadata as metadata
 import re
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -208,3 +209,9 @@ def test_tables_travel_with_the_package(dist):
     assert "medmnist.json" in [p.name for p in tables]
     with zipfile.ZipFile(dist["wheel"]) as wheel:
         assert all(wheel.read(f"medimg/data/{p.name}") == p.read_bytes() for p in tables)
+
+
+def test_ruff_finds_nothing():
+    """What `make lint` asks first; here too, so that it cannot be forgotten."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

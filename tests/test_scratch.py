@@ -215,9 +215,9 @@ def test_a_whole_network_is_keras(keras):
     net.layers[0].pixels = True
     rows = [k.Input((28, 28, 1))]
     for layer in net.layers:
-        rows.append({layers.Conv: lambda l: k.Conv2D(l.weights["w"].shape[3], l.weights["w"].shape[0], padding="same", use_bias=False), layers.BatchNorm: lambda l: k.BatchNormalization(momentum=0.9),
-                     layers.ReLU: lambda l: k.ReLU(), layers.Pool: lambda l: k.MaxPooling2D(2), layers.GlobalAverage: lambda l: k.GlobalAveragePooling2D(),
-                     layers.Dense: lambda l: k.Dense(1)}[type(layer)](layer))
+        rows.append({layers.Conv: lambda own: k.Conv2D(own.weights["w"].shape[3], own.weights["w"].shape[0], padding="same", use_bias=False),
+                     layers.BatchNorm: lambda own: k.BatchNormalization(momentum=0.9), layers.ReLU: lambda own: k.ReLU(), layers.Pool: lambda own: k.MaxPooling2D(2),
+                     layers.GlobalAverage: lambda own: k.GlobalAveragePooling2D(), layers.Dense: lambda own: k.Dense(1)}[type(layer)](layer))
     twin = keras.Sequential(rows)
     for ours, theirs in zip(net.layers, twin.layers):
         theirs.set_weights([*ours.weights.values(), *ours.state.values()])

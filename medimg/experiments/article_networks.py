@@ -9,11 +9,12 @@ __all__ = ['PATIENTS', 'CONTESTS', 'VARIANTS', 'RATES', 'Contest', 'phantom_slic
 # %% ../../nbs/experiments/02_article_networks.ipynb #a3cf5636
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..config import atomic_path
-from .protocol import Clock, difference_figure, seeds_figure
+from .protocol import Clock, difference_figure, made_once, seeds_figure
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _lesions(run) -> Contest:
     d, identity = _loaded(run, "busi-128")
     keep = np.flatnonzero(d.masks.any(axis=(1, 2)) & (d.labels > 0)) if len(d.classes) == 3 else np.arange(len(d.labels))
     masks = d.masks[keep] if len(d.classes) == 3 else None
-    table = _kept(run, "features", lambda: table_28(d.images[keep], masks))
+    table = made_once(run.out / "features.npz", lambda: {"value": table_28(d.images[keep], masks)})["value"]
     train = table[d.splits[keep] == "train"]
     table = np.clip((table - train.mean(axis=0)) / (train.std(axis=0) + 1e-9), -5, 5)
     both = np.stack([d.images[keep], d.masks[keep].astype(np.uint8) * 255], axis=3)
@@ -91,15 +92,7 @@ def _lesions(run) -> Contest:
     return Contest(identity, shown, y, d.splits[keep], classes, None)
 
 
-def _kept(run, name, make):
-    """An array that is made once in this run's folder."""
-    path = run.out / f"{name}.npz"
-    if not path.is_file():
-        value = make()
-        with atomic_path(path) as tmp, open(tmp, "wb") as file:
-            np.savez(file, value=value)
-    with np.load(path, allow_pickle=False) as kept:
-        return kept["value"]
+
 
 # %% ../../nbs/experiments/02_article_networks.ipynb #814ad60c
 PATIENTS = {"ci": {"train": 3, "val": 1, "test": 1}, "full": {"train": 30, "val": 6, "test": 16}}
@@ -298,7 +291,7 @@ def _duel(run, name):
     for seed in run.seeds:
         for network in answers:
             shape, classes = contest.batch(network, [0]).shape[1:], len(contest.classes)
-            model, cost = _trained(run, f"{name}/{network}-{seed}", lambda: build_model(network, shape, classes, seed=seed), contest, network,
+            model, cost = _trained(run, f"{name}/{network}-{seed}", partial(build_model, network, shape, classes, seed=seed), contest, network,
                                   seed=seed, budget_s=budget)
             run.read_test(contest.data, "test", model=f"{network} (for {name})", metric="auc")
             answers[network].append(_probabilities(model, contest, network, "test"))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import atomic_path, set_seed, sha256_of
+from ..config import set_seed, sha256_of
 from ..data.boxes import box_iou, box_of
 from ..data.datasets import load_dataset
 from ..data.phantom import PHANTOM_VERSION, phantom_cxr
 from ..evaluation.metrics import auc
-from .protocol import difference_figure, seeds_figure
+from .protocol import difference_figure, made_once, seeds_figure
 from ..models.detector import centre_detector, centre_targets, decode, detection_loss
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
@@ -46,18 +46,11 @@ def boxed_phantoms(n: int, *, seed: int = 5, folder=None) -> dict:
     >>> boxed_phantoms(2)["boxes"].shape
     (2, 1, 4)
     """
-    path = folder and Path(folder) / f"radiographs-{PHANTOM_VERSION}-{n}-{seed}.npz"
-    if path and path.is_file():
-        with np.load(path, allow_pickle=False) as kept:
-            return dict(kept)
-    made = phantom_cxr(n, seed=seed, size=128, positive=0.8)
-    boxes = [box_of(mask) for mask in made["masks"]]
-    out = {"images": made["images"], "patient_ids": made["patient_ids"], "boxes": np.array([[box.edges if box else [np.nan] * 4] for box in boxes])}
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as tmp, open(tmp, "wb") as file:
-            np.savez_compressed(file, **out)
-    return out
+    def make():
+        made = phantom_cxr(n, seed=seed, size=128, positive=0.8)
+        boxes = [box_of(mask) for mask in made["masks"]]
+        return {"images": made["images"], "patient_ids": made["patient_ids"], "boxes": np.array([[box.edges if box else [np.nan] * 4] for box in boxes])}
+    return made_once(Path(folder) / f"radiographs-{PHANTOM_VERSION}-{n}-{seed}.npz" if folder else None, make)
 
 
 def box_draw(images, boxes, *, seed: int = 0, batch: int = 8):
@@ -125,7 +118,7 @@ def best_box(model, images) -> tuple:
 
     Examples
     --------
-    >>> best_box(detections)  # doctest: +SKIP
+    >>> boxes, scores = best_box(model, images)  # doctest: +SKIP
     """
     boxes, scores = [], []
     for k in range(0, len(images), 32):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import atomic_path, sha256_of
+from ..config import sha256_of
 from ..evaluation.metrics import accuracy, auc
-from .nodules import KINDS, nodule_patches
-from .protocol import Clock, Run, difference_figure, plain_figure, seeds_figure
+from .nodules import nodule_patches
+from .protocol import Clock, Run, difference_figure, logits_of, made_once, seeds_figure
 from ..models.classical import METHODS, choose_params, fit_rows, grouped_folds
 from ..models.networks import build_model, to_probability
 from ..models.patterns import table_patterns
@@ -112,12 +112,7 @@ def nodule_cases(run: Run) -> Cases:
 
 def _kept(run, name, make):
     """An array that is made once for a run's folder."""
-    path = run.out / f"{name}-{run.profile}.npy"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as tmp, open(tmp, "wb") as file:
-            np.save(file, make())
-    return np.load(path, allow_pickle=False)
+    return made_once(run.out / f"{name}-{run.profile}.npz", lambda: {"value": make()})["value"]
 
 # %% ../../nbs/experiments/07_classical.ipynb #fb2da407
 def lesion_cases(run: Run) -> Cases:
@@ -176,7 +171,7 @@ def _loss(heads):
     def loss(y, logits):
         import tensorflow as tf
         parts = []
-        for k, (name, where) in enumerate(heads.items()):
+        for k, where in enumerate(heads.values()):
             own = logits[:, where]
             parts.append(tf.nn.sigmoid_cross_entropy_with_logits(y[:, k:k + 1], own) if own.shape[1] == 1 else
                          tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(y[:, k], tf.int32), own)[:, None])
@@ -212,7 +207,7 @@ def _network_answers(cases, arm, train, *, seed, share):
     model = build_model(name, x.shape[1:], units, task="multilabel", seed=seed, **options)
     config = TrainConfig(learning_rate=rate, weight_decay=1e-3, ema=0.98, seed=seed)
     train_steps(model, _drawer(x[train], y[train], seed), _loss(heads), steps=max(2, round(steps * share)), config=config, progress=False)
-    logits = np.concatenate([np.asarray(model(x[~train][i:i + 64], training=False)) for i in range(0, int((~train).sum()), 64)])
+    logits = logits_of(model, x[~train], size=64)
     return {q: to_probability(logits[:, where], "binary" if where.stop - where.start == 1 else "multiclass") for q, where in heads.items()}
 
 
@@ -258,18 +253,17 @@ def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
     key = sha256_of(cases.table.tobytes() + cases.fold.tobytes())[:8]
     for k in np.unique(cases.fold):
         path, train = run.out / f"{cases.name}-{key}-{run.profile}" / f"{arm}-seed{seed}-fold{k}.npz", cases.fold != k
-        if not path.is_file():
+
+        def make(train=train, k=k):
             clock = Clock()
             p = (_classical_answers(cases, arm, train, seed=seed) if arm in METHODS else
                  _network_answers(cases, arm, train, seed=seed, share=SIZES[run.profile]["share"]))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as tmp, open(tmp, "wb") as file:
-                np.savez(file, **p, **{f"_{name}": np.array(value) for name, value in clock.facts().items()})
             run.say(f"{cases.name} {arm} seed {seed} fold {k}: {clock.facts()['cpu_s']:.0f} s of CPU")
-        with np.load(path, allow_pickle=False) as kept:
-            for q in answers:
-                answers[q][~train] = kept[q]
-            spent = {name: spent[name] + float(kept[f"_{name}"]) for name in spent}
+            return {**p, **{f"_{name}": np.array(value) for name, value in clock.facts().items()}}
+        kept = made_once(path, make)
+        for q in answers:
+            answers[q][~train] = kept[q]
+        spent = {name: spent[name] + float(kept[f"_{name}"]) for name in spent}
     return answers, spent
 
 # %% ../../nbs/experiments/07_classical.ipynb #55bf25ed

@@ -17,9 +17,9 @@ from ..config import profile_of, write_atomic
 from ..data.datasets import drop_shared, load_dataset
 from ..data.leaks import find_leaks, leak_groups
 from ..data.pipeline import Tensors, augment_batch, epoch_order, to_tensors
-from ..errors import ConfigError, DatasetError
+from ..errors import ConfigError
 from ..evaluation.metrics import accuracy, auc, sensitivity, specificity
-from .protocol import Clock, difference_figure, plain_figure, seeds_figure
+from .protocol import Clock, difference_figure, logits_of, plain_figure, seeds_figure
 from ..training.recipes import Recipe, recipe
 from ..training.record import TrainConfig
 from ..training.trainer import log_loss
@@ -72,8 +72,7 @@ def drawer(tensors: Tensors, *, batch_size: int, seed: int = 0, augment=None):
 def _answers(net, x, task, size=128):
     """Probabilities of a network for prepared images."""
     from medimg.models.networks import to_probability
-    parts = [np.asarray(net(x[i:i + size], training=False)) for i in range(0, len(x), size)]
-    return to_probability(np.concatenate(parts), task)
+    return to_probability(logits_of(net, x, size=size), task)
 
 
 def _loaded(run, name, *, n=96, task=None):

@@ -14,10 +14,11 @@ import numpy as np
 
 from ..config import write_atomic
 from ..data.datasets import drop_shared, load_dataset, select
-from ..data.pipeline import augment_batch, epoch_order, to_tensors
+from ..data.pipeline import to_tensors
 from ..evaluation.metrics import accuracy, auc, sensitivity, specificity
+from .classifiers import drawer
 from .protocol import Clock, difference_figure, plain_figure, seeds_figure
-from ..models.ensemble import Ensemble, Stack, Views, combine, disagreement, fit_weights, out_of_fold
+from ..models.ensemble import Ensemble, Stack, Views, disagreement, fit_weights, out_of_fold
 from ..models.scratch_layers import binary_cross_entropy
 from ..models.scratch_train import ScratchPredictor, draw_batches, jitter, load_network, save_network, scratch_cnn, train
 from ..training.recipes import recipe
@@ -226,20 +227,12 @@ def many_heads(run, plan, dataset, seed: int = 0, heads: int = 3) -> tuple:
     one = make_loss(dataset.task, smoothing=plan.config.label_smoothing, weights=len(y) / (2 * np.bincount(np.asarray(y, int))))
     trunk = shared_trunk([_network(plan, dataset, 1000 * seed + k) for k in range(heads)], "s2b1_add")
     steps = SIZES[run.profile]["heads"] * (len(y) // batch)
-    rows = train_steps(trunk, _drawn(tensors, batch, plan.config, seed), lambda y, z: sum(one(y, z["members"][:, k]) for k in range(heads)) / heads, steps=steps,
+    rows = train_steps(trunk, drawer(tensors, batch_size=batch, seed=seed, augment=plan.config.augment), lambda y, z: sum(one(y, z["members"][:, k]) for k in range(heads)) / heads, steps=steps,
                        config=replace(plan.config, seed=seed), out=run.out / f"heads{seed}", progress=False)
     return trunk, rows[-1]["cpu_s"]
 
 
-def _drawn(tensors, batch, config, seed):
-    """Batches by step number, augmented."""
-    steps = len(tensors.y) // batch
 
-    def draw(step):
-        epoch, k = divmod(step, steps)
-        rows = epoch_order(tensors.image_ids, seed=seed, epoch=epoch)[k * batch:(k + 1) * batch]
-        return augment_batch(tensors.x[rows], tensors.image_ids[rows], augment=config.augment, seed=seed, epoch=epoch), tensors.y[rows]
-    return draw
 
 # %% ../../nbs/experiments/08_ensemble.ipynb #619c6833
 def held_out(run, plan, dataset) -> tuple:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import atomic_path, cache_dir, sha256_of
+from ..config import cache_dir, sha256_of
 from ..data.phantom import LABELS, NODULE_HU, PHANTOM_VERSION
 from ..data.phantom_anatomy import stream
 from ..data.phantom_cohort import Patient, _nodule, brock_probability, phantom_cohort
 from ..data.volume import Volume
 from ..errors import ConfigError
+from .protocol import made_once
 
 #: The kinds of nodule in the order of the numbers that stand for them.
 KINDS = tuple(NODULE_HU)
@@ -109,14 +110,12 @@ def lung_scan(patient: Patient, *, spacing_mm: float = 2.0, folder=None) -> Lung
     """
     grid = {"shape": tuple(round(side / spacing_mm) for side in FIELD_MM), "spacing_mm": (spacing_mm,) * 3}
     path = None if folder is False else _folder(folder) / f"{_key([patient.truth(), spacing_mm])}.npz"
-    if path is not None and path.is_file():
-        with np.load(path, allow_pickle=False) as kept:
-            return LungScan(patient, Volume(kept["voxels"], kept["affine"], modality="CT", units="HU"), kept["places"])
-    case = patient.case(**grid)
-    scan = LungScan(patient, Volume(case.volume.array, case.volume.affine, modality="CT", units="HU"), _places(case))
-    if path is not None:
-        _keep(path, voxels=scan.volume.array, affine=scan.volume.affine, places=scan.places)
-    return scan
+
+    def make():
+        case = patient.case(**grid)
+        return {"voxels": case.volume.array, "affine": case.volume.affine, "places": _places(case)}
+    kept = made_once(path, make)
+    return LungScan(patient, Volume(kept["voxels"], kept["affine"], modality="CT", units="HU"), kept["places"])
 
 # %% ../../nbs/experiments/00a_nodules.ipynb #f78e610e
 def _folder(folder):
@@ -127,11 +126,6 @@ def _folder(folder):
 
 def _key(facts):
     return sha256_of(json.dumps([PHANTOM_VERSION, facts], sort_keys=True).encode())[:20]
-
-
-def _keep(path, **arrays):
-    with atomic_path(path) as tmp, open(tmp, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def _places(case, most=4000):
@@ -213,17 +207,14 @@ def nodule_patches(cohort_seed: int, patients, *, size: int = 32, spacing_mm: fl
         raise ConfigError(f"no cube has {size} voxels of {spacing_mm} mm", remedy="use numbers above 0, for example 32 and 2.0")
     chosen = list(range(patients)) if isinstance(patients, int) else [int(k) for k in patients]
     path = None if folder is False else _folder(folder) / f"patches-{_key([cohort_seed, chosen, size, spacing_mm, negatives, crowded])}.npz"
-    if path is not None and path.is_file():
-        with np.load(path, allow_pickle=False) as kept:
-            return dict(kept)
-    people, parts = phantom_cohort(max(chosen) + 1, seed=cohort_seed), []
-    for k in chosen:
-        scan = lung_scan(crowd(people[k], crowded) if crowded else people[k], spacing_mm=spacing_mm, folder=folder if spacing_mm >= 2 else False)
-        parts += _patches(scan, size, negatives)
-    cubes = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    if path is not None:
-        _keep(path, **cubes)
-    return cubes
+
+    def make():
+        people, parts = phantom_cohort(max(chosen) + 1, seed=cohort_seed), []
+        for k in chosen:
+            scan = lung_scan(crowd(people[k], crowded) if crowded else people[k], spacing_mm=spacing_mm, folder=folder if spacing_mm >= 2 else False)
+            parts += _patches(scan, size, negatives)
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    return made_once(path, make)
 
 # %% ../../nbs/experiments/00a_nodules.ipynb #e302d330
 def _patches(scan, size, negatives):

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..config import atomic_path, sha256_of
+from ..config import sha256_of
 from ..data.phantom import LABELS, _add_nodule, _axes, draw_nodules, thorax_phantom
 from ..data.phantom_anatomy import stream
 from ..data.phantom_cohort import phantom_cohort
 from ..evaluation.metrics import auc
-from .protocol import Clock, Run, difference_figure, plain_figure, seeds_figure
+from .protocol import Clock, Run, difference_figure, logits_of, made_once, plain_figure, seeds_figure
 from ..models.networks import build_model
 from ..models.sequence import attention_model, leave_one_out, pointing
 
@@ -131,18 +131,11 @@ def scan_set(cohort: int, which, *, sick: int = 1, folder=None) -> dict:
     >>> sorted(scan_set(20, range(1)))
     ['images', 'labels', 'lesion', 'patient_ids']
     """
-    path = folder and folder / f"scans-{cohort}-{which.start}-{which.stop}-{sick}.npz"
-    if path and path.is_file():
-        with np.load(path, allow_pickle=False) as kept:
-            return dict(kept)
-    people = [phantom_cohort(which.stop, seed=cohort)[k] for k in which] if len(which) == 1 else phantom_cohort(which.stop, seed=cohort)[which.start:]
-    images, lesion = (np.concatenate(part) for part in zip(*(patient_scans(p, sick=sick) for p in people)))
-    made = {"images": images, "labels": lesion.any(axis=1).astype(int), "lesion": lesion, "patient_ids": np.repeat([p.patient_id for p in people], 1 + sick)}
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as tmp, open(tmp, "wb") as file:
-            np.savez_compressed(file, **made)
-    return made
+    def make():
+        people = phantom_cohort(which.stop, seed=cohort)[which.start:]
+        images, lesion = (np.concatenate(part) for part in zip(*(patient_scans(p, sick=sick) for p in people)))
+        return {"images": images, "labels": lesion.any(axis=1).astype(int), "lesion": lesion, "patient_ids": np.repeat([p.patient_id for p in people], 1 + sick)}
+    return made_once(folder and folder / f"scans-{cohort}-{which.start}-{which.stop}-{sick}.npz", make)
 
 
 def _batch(images):
@@ -173,8 +166,7 @@ def _trained(run, method, seed, train):
 
 
 def _logits(net, scans):
-    x = _batch(scans["images"])
-    return np.concatenate([np.asarray(net(x[i:i + 40], training=False))[:, 0] for i in range(0, len(x), 40)])
+    return logits_of(net, _batch(scans["images"]), size=40)[:, 0]
 
 
 def _answers(net, scans):

@@ -7,7 +7,6 @@ __all__ = ['Plan', 'Films', 'tuberculosis_films', 'train_on', 'nested_rows', 'tr
 
 # %% ../../nbs/experiments/05_transfer.ipynb #260fafa8
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from ..data.datasets import load_dataset
 from ..data.pipeline import augment_batch
 from ..data.preprocess import Preprocessor
 from ..evaluation.metrics import auc, sensitivity, specificity
-from .protocol import difference_figure, plain_figure, seeds_figure
+from .protocol import difference_figure, logits_of, plain_figure, seeds_figure
 from ..models.networks import build_model, to_probability
 from ..models.transfer import freeze, learning_rate_scales, transfer_weights
 from ..training.loop import train_steps
@@ -92,7 +91,7 @@ def tuberculosis_films(run) -> Films:
 
     Examples
     --------
-    >>> from medimg.experiments.protocol import Run
+    >>> from pathlib import Path; from medimg.experiments.protocol import Run
     >>> films = tuberculosis_films(Run("toy", Path("runs"), "ci", data="phantom"))
     >>> sorted(set(films.site.tolist())), films.x.shape[1:]
     (['CHNCXR', 'MCUCXR'], (64, 64, 1))
@@ -156,7 +155,7 @@ def _network(classes=2, task=None, seed=0):
 
 def _answers(net, films, task="binary"):
     """Probabilities: (n,) of tuberculosis, or (n, k, 2) of each finding."""
-    logits = np.concatenate([np.asarray(net(films.x[i:i + 128], training=False)) for i in range(0, len(films.x), 128)])
+    logits = logits_of(net, films.x)
     return to_probability(logits, task)[:, 1] if task == "binary" else to_probability(logits, task)
 
 # %% ../../nbs/experiments/05_transfer.ipynb #bad4175c

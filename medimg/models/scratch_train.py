@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import atomic_path
 from ..errors import ConfigError, MedimgError
-from .scratch_layers import BatchNorm, Conv, Dense, GlobalAverage, Network, Pool, ReLU, Sigmoid, sigmoid
+from .scratch_layers import BatchNorm, Conv, Dense, GlobalAverage, Network, Pool, ReLU, sigmoid
 
 
 class SGD:
@@ -121,7 +121,7 @@ def jitter(x, rng, *, shift_px: int = 2, contrast: float = 0.3, brightness: floa
     n, height, width = x.shape[:3]
     padded = np.pad(x, ((0, 0), (shift_px, shift_px), (shift_px, shift_px), (0, 0)), mode="edge")
     tops, lefts = rng.integers(0, 2 * shift_px + 1, (2, n))
-    moved = np.stack([padded[i, t:t + height, l:l + width] for i, (t, l) in enumerate(zip(tops, lefts))])
+    moved = np.stack([padded[i, top:top + height, left:left + width] for i, (top, left) in enumerate(zip(tops, lefts))])
     gain, lift = (rng.uniform(-a, a, (n, 1, 1, 1)).astype(x.dtype) for a in (contrast, brightness))
     mean = moved.mean(axis=(1, 2, 3), keepdims=True)
     return np.clip(mean + (moved - mean) * (1 + gain) + lift, 0, 1)
