@@ -132,7 +132,7 @@ def cpm_figure(parts_by_seed, *, others=None, target=None) -> dict:
                         values=values, sd=float(np.std(values, ddof=1)) if len(values) > 1 else None, n=len(parts_by_seed[0]),
                         **({} if target is None else {"target": target}))
 
-# %% ../../nbs/experiments/04a_froc.ipynb #e18ef8ea
+# %% ../../nbs/experiments/04a_froc.ipynb #fa6369bd
 def of_kind(parts, scans, kind):
     """Only the nodules of one kind; the alarms of all.
 
