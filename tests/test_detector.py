@@ -301,7 +301,15 @@ def test_draws_are_functions_of_the_step_and_hold_centres():
     assert np.array_equal(x, again[0]) and np.array_equal(y, again[1]) and not np.array_equal(x, draw(6)[0]) and (y[0, ..., 1] == 1).any()
     data = second_set(scans, [[Detection("nodule", 0.5, None, tuple(scans[0].volume.world(p.astype(float))), 5.0) for p in free_places(scans[0])[:5]]], plan)
     cubes, labels = second_draw(data, plan)(0)
-    assert cubes.shape == (8, 12, 12, 12, 2) and labels[1::2, 0].all() and not labels[::2, 0].any()
+    assert cubes.shape == (8, 13, 13, 13, 2) and labels[1::2, 0].all() and not labels[::2, 0].any()
+
+
+def test_a_candidate_stays_in_the_middle_of_every_pose():
+    plan, one = PLANS["ci"], np.full((1, 13, 13, 13), -900, np.int16)
+    one[0, 6, 6, 6], one[0, 1, 4, 9] = 300, 100
+    poses = {np.argwhere((cube[..., 0] > 0.6) & (cube[..., 0] < 0.85)).tobytes() for step in range(8)
+             for cube in second_draw({"images": one, "labels": np.array([1])}, plan)(step)[0] if cube[..., 0].argmax() == cube[..., 0].size // 2}
+    assert 20 < len(poses) <= 48
 
 
 def test_mirrored_boxes_stay_on_their_opacity():

@@ -25,7 +25,7 @@ from ..models.detector import centre_detector, centre_targets, detection_loss
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04_detection.ipynb #3dc2790e
+# %% ../../nbs/experiments/04_detection.ipynb #d36e676f
 #: Cohorts of `phantom_cohort`: nobody is in two of them. The test cohort is for the full profile; smaller ones rehearse on another.
 COHORTS = {"train": 10, "validation": 11, "test": 1, "rehearsal": 13}
 
@@ -53,12 +53,12 @@ class Plan:
     width: int              # of the detector
     second_steps: int       # of the second network
     second_batch: int
-    cube: int = 24          # edge of what the second network sees, in voxels
+    cube: int               # edge of what the second network sees, in voxels; odd, so that the candidate stays in the middle of every pose
     learning_rate: float = 3e-3
 
 
-PLANS = {"ci": Plan(2, 1, 2, 8, 5.0, 32, 2, 4, 4, 4, 8, 12), "course": Plan(6, 2, 4, 12, 4.0, 32, 4, 60, 8, 40, 16, 16),
-         "full": Plan(64, 30, 100, 36, 2.0, 48, 4, 1300, 16, 250, 24)}
+PLANS = {"ci": Plan(2, 1, 2, 8, 5.0, 32, 2, 4, 4, 4, 8, 13), "course": Plan(6, 2, 4, 12, 4.0, 32, 4, 60, 8, 40, 16, 17),
+         "full": Plan(64, 30, 100, 36, 1.5, 48, 4, 2000, 16, 1200, 32, 17)}
 
 # %% ../../nbs/experiments/04_detection.ipynb #64de2a28
 def nodule_draw(scans, plan: Plan, *, seed: int = 0):
@@ -118,7 +118,7 @@ def _patch(scan, objects, centre, plan, rng):
     here["index"] = np.where(turned, plan.edge - 1 - index[near], index[near])
     return image, centre_targets((plan.edge,) * 3, here, spacing_mm=plan.spacing_mm, classes=len(KINDS))
 
-# %% ../../nbs/experiments/04_detection.ipynb #4118efe2
+# %% ../../nbs/experiments/04_detection.ipynb #68721f9e
 def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool = True):
     """Train the first network.
 
@@ -141,12 +141,12 @@ def train_detector(scans, plan: Plan, *, seed: int = 0, out=None, progress: bool
     >>> train_detector(scans, PLANS["ci"])  # doctest: +SKIP
     """
     set_seed(seed)
-    model = centre_detector((None, None, None, 2), len(KINDS), width=plan.width)
+    model = centre_detector((None, None, None, 2), len(KINDS), width=plan.width, fine=True)
     history = train_steps(model, nodule_draw(scans, plan, seed=seed), detection_loss(3, len(KINDS)), steps=plan.steps,
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-4, ema=0.995, clip_norm=5.0, seed=seed), out=out, progress=progress)
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #482e6457
+# %% ../../nbs/experiments/04_detection.ipynb #d1e50fce
 def second_set(scans, found, plan: Plan) -> dict:
     """What the second network learns from: cubes around the nodules, and around the first network's false alarms.
 
@@ -160,7 +160,7 @@ def second_set(scans, found, plan: Plan) -> dict:
     Returns
     -------
     dict
-        `images` (n, edge, edge, edge) int16 HU, 4 voxels larger than `plan.cube` for shifts; `labels` (n,) int, 0 nothing, 1 + index of the kind.
+        `images` (n, cube, cube, cube) int16 HU; `labels` (n,) int, 0 nothing, 1 + index of the kind.
 
     Examples
     --------
@@ -171,13 +171,13 @@ def second_set(scans, found, plan: Plan) -> dict:
         places = [(one.centroid_mm, 1 + KINDS.index(one.kind)) for one in scan.nodules]
         alarms = [one.centroid_mm for one in detections if all(np.linalg.norm(np.subtract(one.centroid_mm, n.centroid_mm)) > n.diameter_mm / 2 + 3 for n in scan.nodules)]
         for point, label in places + [(point, 0) for point in alarms]:
-            images.append(cut(scan.volume.array, np.rint(scan.volume.index(point)).astype(int), plan.cube + 4))
+            images.append(cut(scan.volume.array, np.rint(scan.volume.index(point)).astype(int), plan.cube))
             labels.append(label)
     return {"images": np.stack(images), "labels": np.array(labels)}
 
 
 def second_draw(data, plan: Plan, *, seed: int = 0):
-    """Batches of the second network: half nothing, half nodules, kinds equally often; shifted by up to 2 voxels, flipped, lighter or darker.
+    """Batches of the second network: half nothing, half nodules, kinds equally often; turned into one of the 48 poses of a cube, lighter or darker.
 
     Parameters
     ----------
@@ -203,9 +203,8 @@ def second_draw(data, plan: Plan, *, seed: int = 0):
         for slot in range(plan.second_batch):
             label = 0 if slot % 2 and len(rows[0]) else present[rng.integers(len(present))]
             cube = data["images"][rows[label][rng.integers(len(rows[label]))]]
-            low = rng.integers(0, 5, 3)
-            cube = cube[tuple(slice(a, a + plan.cube) for a in low)] + rng.normal(0, 20)
-            x.append(np.flip(ct_channels(cube), tuple(np.flatnonzero(rng.random(3) < 0.5))))
+            posed = np.flip(np.transpose(cube, rng.permutation(3)), tuple(np.flatnonzero(rng.random(3) < 0.5)))
+            x.append(ct_channels(posed + rng.normal(0, 10)))
             y[slot, label] = 1
         return np.stack(x), y
     return draw
@@ -228,7 +227,7 @@ def train_second(data, plan: Plan, *, seed: int = 0, out=None, progress: bool = 
                           config=TrainConfig(learning_rate=plan.learning_rate, weight_decay=1e-3, ema=0.99, clip_norm=1.0, seed=seed))
     return model, history
 
-# %% ../../nbs/experiments/04_detection.ipynb #bc08734e
+# %% ../../nbs/experiments/04_detection.ipynb #ac906ce4
 def search_scan(first, second, scan, plan: Plan, *, lungs=None) -> list:
     """Both looks at one scan, with the scores of each kept apart.
 
@@ -251,7 +250,7 @@ def search_scan(first, second, scan, plan: Plan, *, lungs=None) -> list:
     >>> search_scan(first, second, scan, PLANS["ci"])  # doctest: +SKIP
     """
     lungs = segment_lungs(scan.volume) if lungs is None else lungs
-    found = find_lesions(first, scan.volume, kinds=KINDS, mask=lungs > 0, top=40)
+    found = find_lesions(first, scan.volume, kinds=KINDS, mask=lungs > 0, top=60)
     looks = judge(second, scan.volume, found, kinds=KINDS, size=plan.cube, weight=1.0) if second else []
     return [{"detection": one, "second": next((look for look in looks if look.centroid_mm == one.centroid_mm), None)} for one in found]
 
@@ -310,7 +309,7 @@ def choose_weight(found, scans, *, weights=(0.0, 0.25, 0.5, 0.75, 1.0)) -> tuple
     cpm = {w: round(float(sensitivities([score_scan(merged(rows, w), scan.nodules) for rows, scan in zip(found, scans)]).mean()), 4) for w in weights}
     return max(cpm, key=cpm.get), cpm
 
-# %% ../../nbs/experiments/04_detection.ipynb #a7b3f501
+# %% ../../nbs/experiments/04_detection.ipynb #fd1f3494
 def _people(run, name, plan):
     return phantom_cohort(getattr(plan, name), seed=COHORTS["rehearsal" if name == "test" and run.profile != "full" else name])
 
@@ -337,17 +336,7 @@ def _kept(path, make):
     write_atomic(path, json.dumps([[{name: one and asdict(one) for name, one in row.items()} for row in rows] for rows in found]))
     return found
 
-
-def _alarms(first, scans):
-    """The first look at scans to learn from, within the box around the lungs."""
-    out = []
-    for scan in scans:
-        box = np.zeros(scan.volume.shape, bool)
-        box[tuple(slice(a, b + 1) for a, b in zip(scan.places.min(0), scan.places.max(0)))] = True
-        out.append([{"detection": one, "second": None} for one in find_lesions(first, scan.volume, kinds=KINDS, mask=box, top=20)])
-    return out
-
-# %% ../../nbs/experiments/04_detection.ipynb #77f11721
+# %% ../../nbs/experiments/04_detection.ipynb #b78938f3
 def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     """Both networks of one seed, and the weight of the second look, chosen on validation scans.
 
@@ -374,7 +363,7 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     folder = run.out / f"seed-{seed}"
     model, history = train_detector(learn, plan, seed=seed, out=folder / "first", progress=run.progress)
     first = _fast(model)
-    alarms = _kept(folder / "alarms.json", lambda: _alarms(first, learn))
+    alarms = _kept(folder / "alarms.json", lambda: [search_scan(first, None, scan, plan) for scan in learn])
     data = second_set(learn, [[row["detection"] for row in rows] for rows in alarms], plan)
     run.say(f"seed {seed}: first look trained; {int((data['labels'] == 0).sum())} false alarms and {int((data['labels'] > 0).sum())} nodules for the second")
     judge_model, later = train_second(data, plan, seed=seed, out=folder / "second", progress=run.progress)

@@ -44,12 +44,12 @@ def head_slices(rank: int, classes: int, *, box: bool = False) -> dict:
     edges = np.cumsum([0, 1, rank if box else 1, rank, classes if classes > 1 else 0]).tolist()
     return {name: slice(a, b) for name, a, b in zip(("heat", "size", "offset", "kind"), edges, edges[1:])}
 
-# %% ../../nbs/models/07_detector.ipynb #5a2ad67b
+# %% ../../nbs/models/07_detector.ipynb #abafec25
 #: Voxels for each cell of the heat map, along each axis.
 STRIDE = 2
 
 
-def centre_detector(input_shape, classes, *, task=None, width=16, levels=3, box=False, norm="batch"):
+def centre_detector(input_shape, classes, *, task=None, width=16, levels=3, box=False, fine=False, norm="batch"):
     """Heat map of lesion centres with size, offset and kind in every cell (CenterNet's idea, in 2-D and 3-D).
 
     A small U: the stem halves the image, each level halves again, and the way back joins the maps until one cell covers `STRIDE` voxels.
@@ -68,6 +68,8 @@ def centre_detector(input_shape, classes, *, task=None, width=16, levels=3, box=
         How many resolutions; the deepest sees `2 ** levels` voxels a cell.
     box : bool
         As in `head_slices`.
+    fine : bool
+        One more convolution, before the image is halved, with half of `width` channels: for lesions of two or three voxels.
     norm : str
         As in `medimg.models.blocks.norm`.
 
@@ -92,7 +94,8 @@ def centre_detector(input_shape, classes, *, task=None, width=16, levels=3, box=
     """
     images = _detector_input(input_shape, levels)
     rank, layers = len(input_shape) - 1, _keras().layers
-    x, maps = conv_block(images, width, stride=STRIDE, norm=norm, name="stem"), []
+    x = conv_block(images, width // 2, norm=norm, name="fine") if fine else images
+    x, maps = conv_block(x, width, stride=STRIDE, norm=norm, name="stem"), []
     for k in range(levels):
         x = residual_block(x, width * (k + 1), stride=2 if k else 1, norm=norm, name=f"down_{k}")
         maps.append(x)
