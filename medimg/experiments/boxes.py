@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['boxed_phantoms', 'box_draw', 'best_box', 'usual_boxes', 'nih_boxes', 'box_figures']
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #1d7adf13
+# %% ../../nbs/experiments/04b_boxes.ipynb #824f181e
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..models.detector import centre_detector, centre_targets, decode, detection
 from ..training.loop import train_steps
 from ..training.record import TrainConfig
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #ddd880f1
+# %% ../../nbs/experiments/04b_boxes.ipynb #150bba87
 #: Profile -> phantom radiographs, steps on them, steps on the real boxes, real images, folds, width and levels of the network.
 _BOXES = {"ci": (6, 3, 2, 20, 2, 4, 1), "course": (60, 120, 40, 200, 5, 16, 4), "full": (200, 500, 150, None, 5, 16, 4)}
 
@@ -89,7 +89,7 @@ def box_draw(images, boxes, *, seed: int = 0, batch: int = 8):
         return np.stack(x).astype(np.float32), np.stack(y)
     return draw
 
-# %% ../../nbs/experiments/04b_boxes.ipynb #5fbb6489
+# %% ../../nbs/experiments/04b_boxes.ipynb #00e0308f
 def _fit_boxes(run, name, images, boxes, *, steps, seed, start=None):
     """A detector of boxes, from random weights or from those of `start`."""
     set_seed(seed)
