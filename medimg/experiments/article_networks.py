@@ -6,7 +6,7 @@
 __all__ = ['PATIENTS', 'CONTESTS', 'VARIANTS', 'RATES', 'Contest', 'phantom_slices', 'class_folder', 'article_networks',
            'variant_network', 'gated_pooling']
 
-# %% ../../nbs/experiments/02_article_networks.ipynb #a3cf5636
+# %% ../../nbs/experiments/02_article_networks.ipynb #7365aede
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +76,7 @@ def _radiographs(run) -> Contest:
     d, identity = _loaded(run, "pneumoniamnist", 120)
     return Contest(identity, {"gated-cnn": (d.images, _grey), "resnet": (d.images, _grey)}, d.labels, d.splits, d.classes, d.patient_ids)
 
-# %% ../../nbs/experiments/02_article_networks.ipynb #11a69eeb
+# %% ../../nbs/experiments/02_article_networks.ipynb #6efd3182
 def _lesions(run) -> Contest:
     """Outlined breast lesions, benign or malignant, as 28 features for `mlp-28`; the ResNet sees image and outline as two channels."""
     from medimg.models.radiomics import table_28
@@ -277,7 +277,7 @@ def _trained(run, key: str, build, contest, network: str, **how):
         model.set_weights([kept[f"arr_{i}"] for i in range(len(kept.files))])
     return model, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/experiments/02_article_networks.ipynb #5c078704
+# %% ../../nbs/experiments/02_article_networks.ipynb #06bff042
 #: Network -> its cases, and the CPU seconds of one training, for it and for the ResNet alike.
 CONTESTS = {"article-cnn": (_ultrasound, 12.0), "gated-cnn": (_radiographs, 5.0), "mlp-28": (_lesions, 1.5), "lung-ct-cnn": (_lung_slices, 9.0)}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'NETWORKS', 'Cases', 'outline', 'nodule_cases', 'lesion_cases', 'out_of_fold', 'deep_vs_classical']
 
-# %% ../../nbs/experiments/07_classical.ipynb #b3bde82d
+# %% ../../nbs/experiments/07_classical.ipynb #44c5c04d
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ def outline(cube, spacing_mm: float) -> np.ndarray:
     middle = pieces[tuple(n // 2 for n in cube.shape)]
     return (pieces == middle) & (middle > 0) | (r <= 1)
 
-# %% ../../nbs/experiments/07_classical.ipynb #67cce941
+# %% ../../nbs/experiments/07_classical.ipynb #bfdf623f
 def nodule_cases(run: Run) -> Cases:
     """Nodules of crowded phantom patients: malignant or not, and which kind.
 
@@ -152,7 +152,7 @@ def lesion_cases(run: Run) -> Cases:
     inputs = {"mlp-28": own[:, :28], "resnet": np.stack([small, shape], -1)}
     return Cases(dataset.name, own, inputs, {"malignant": y}, groups, grouped_folds(y, groups, folds=SIZES[run.profile]["folds"]))
 
-# %% ../../nbs/experiments/07_classical.ipynb #0c5b8a9a
+# %% ../../nbs/experiments/07_classical.ipynb #106967ee
 #: Network of each arm: name in the registry, options, full number of steps, peak learning rate. Fixed before any fold was answered.
 NETWORKS = {"mlp-28": ("mlp-28", {}, 800, 1e-3), "resnet-3d": ("resnet", {"width": 8}, 170, 4e-3), "resnet-planes": ("resnet", {}, 400, 3e-3),
             "cnn-rnn": ("cnn-rnn", {}, 450, 3e-3), "resnet": ("resnet", {}, 300, 3e-3)}
@@ -193,7 +193,7 @@ def _drawer(x, y, seed, batch=32):
         return images, y[rows].astype(np.float32)
     return draw
 
-# %% ../../nbs/experiments/07_classical.ipynb #d7008da3
+# %% ../../nbs/experiments/07_classical.ipynb #8db31dc0
 def _network_answers(cases, arm, train, *, seed, share):
     """Probabilities of all held-out cases for each question: {question: (n_out, k)}."""
     from medimg.training.loop import train_steps
@@ -222,7 +222,7 @@ def _classical_answers(cases, method, train, *, seed):
         out[question] = fit_rows(cases.table[train], y[train], method=method, params=params, groups=cases.groups[train], seed=seed).predict(cases.table[~train])
     return out
 
-# %% ../../nbs/experiments/07_classical.ipynb #09ac67fd
+# %% ../../nbs/experiments/07_classical.ipynb #51b15dc7
 def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
     """Answers of one method for every case, each by a training that saw no case of its group; kept, so that a second call only reads.
 

@@ -6,7 +6,7 @@
 __all__ = ['RETINA', 'DESIGNS', 'ARMS', 'drawer', 'without_copies', 'resnet_pneumonia', 'quadratic_kappa', 'two_off',
            'resnet_retina', 'resnet_ablation', 'hidden', 'nih_findings', 'resnet_3d']
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #05ca289a
+# %% ../../nbs/experiments/01_classifiers.ipynb #006c0d4b
 import json
 from dataclasses import replace
 from functools import lru_cache
@@ -68,7 +68,7 @@ def drawer(tensors: Tensors, *, batch_size: int, seed: int = 0, augment=None):
 
     return draw
 
-# %% ../../nbs/experiments/01_classifiers.ipynb #7a89c5d2
+# %% ../../nbs/experiments/01_classifiers.ipynb #c3a18b77
 def _answers(net, x, task, size=128):
     """Probabilities of a network for prepared images."""
     from medimg.models.networks import to_probability

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'scratch_network', 'scratch_pneumonia', 'snapshots', 'many_heads', 'held_out', 'ensembles']
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #b42a70a9
+# %% ../../nbs/experiments/08_ensemble.ipynb #e9216bb1
 import json
 import time
 from dataclasses import replace
@@ -159,7 +159,7 @@ def _members(run, plan, dataset):
     seeds = run.seeds if len(run.seeds) > 1 else (run.seeds[0], run.seeds[0] + 1)
     return [_fitted(plan, dataset, home / f"seed{seed}", seed=seed) for seed in seeds]
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #d56d8c20
+# %% ../../nbs/experiments/08_ensemble.ipynb #8a843abb
 def snapshots(run, plan, dataset, seed: int = 0) -> tuple:
     """Copies of one network at the end of each of several cycles of the learning rate.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'FIELD_MM', 'crowd', 'LungScan', 'lung_scan', 'cut', 'nodule_patches', 'free_places']
 
-# %% ../../nbs/experiments/00a_nodules.ipynb #0f4d68a9
+# %% ../../nbs/experiments/00a_nodules.ipynb #b8d57113
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def crowd(patient: Patient, count: int) -> Patient:
     ill = patient.malignant + tuple(bool(rng.random() < p) for p in risk[len(patient.nodules):])
     return replace(patient, nodules=nodules, probabilities=risk, malignant=ill)
 
-# %% ../../nbs/experiments/00a_nodules.ipynb #2b158088
+# %% ../../nbs/experiments/00a_nodules.ipynb #09707983
 @dataclass(frozen=True, eq=False)
 class LungScan:
     """A phantom scan for an experiment.
@@ -117,7 +117,7 @@ def lung_scan(patient: Patient, *, spacing_mm: float = 2.0, folder=None) -> Lung
     kept = made_once(path, make)
     return LungScan(patient, Volume(kept["voxels"], kept["affine"], modality="CT", units="HU"), kept["places"])
 
-# %% ../../nbs/experiments/00a_nodules.ipynb #f78e610e
+# %% ../../nbs/experiments/00a_nodules.ipynb #26152e8e
 def _folder(folder):
     folder = cache_dir() / "phantom" if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def cut(array, centre, size: int, *, fill=-1000) -> np.ndarray:
     out[there] = part
     return out
 
-# %% ../../nbs/experiments/00a_nodules.ipynb #cf7aa82d
+# %% ../../nbs/experiments/00a_nodules.ipynb #8b738fe5
 def nodule_patches(cohort_seed: int, patients, *, size: int = 32, spacing_mm: float = 2.0, negatives: int = 0, crowded: int = 0, folder=None) -> dict:
     """Cubes around the nodules of a cohort, and around places without a nodule, with the truth; kept in the cache.
 

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'seeds_figure', 'difference_figure', 'plain_figure', 'Clock', 'made_once', 'logits_of', 'log_test_read',
            'Run', 'Experiment', 'run_experiment', 'stored_results', 'store_result', 'results_table']
 
-# %% ../../nbs/experiments/00_protocol.ipynb #c76dd84c
+# %% ../../nbs/experiments/00_protocol.ipynb #b2d01a89
 import json
 import time
 from collections.abc import Callable
@@ -159,7 +159,7 @@ class Clock:
         """`wall_s` and `cpu_s` so far, rounded to a tenth of a second."""
         return {"wall_s": round(time.perf_counter() - self._wall, 1), "cpu_s": round(time.process_time() - self._cpu, 1)}
 
-# %% ../../nbs/experiments/00_protocol.ipynb #ce6aea50
+# %% ../../nbs/experiments/00_protocol.ipynb #8b8b1866
 def made_once(path, make: Callable) -> dict:
     """Arrays that are made at the first call and read from a file at every later one.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID', 'FIELD', 'METHODS', 'SIZES', 'lung_inside', 'patient_scans', 'scan_set', 'scan_level']
 
-# %% ../../nbs/experiments/06_sequence.ipynb #648f0689
+# %% ../../nbs/experiments/06_sequence.ipynb #2cea6d50
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +106,7 @@ def _shortened(grey, lesion, rng, most=3):
     images[:n], touched[:n] = grey[low:low + n], lesion[low:low + n]
     return images, touched
 
-# %% ../../nbs/experiments/06_sequence.ipynb #804fec05
+# %% ../../nbs/experiments/06_sequence.ipynb #5224dc53
 def scan_set(cohort: int, which, *, sick: int = 1, folder=None) -> dict:
     """Scans of some patients of a cohort.
 
@@ -151,7 +151,7 @@ def _drawn(scans, step, size=16):
         x[i] = np.roll(x[i, :, :, ::rng.choice((1, -1))], rng.integers(-3, 4, 2), axis=(1, 2))
     return _batch(x), scans["labels"][rows, None].astype(np.float32)
 
-# %% ../../nbs/experiments/06_sequence.ipynb #f2bc82b0
+# %% ../../nbs/experiments/06_sequence.ipynb #03732bf9
 def _trained(run, method, seed, train):
     """The network of a method after its steps, and its CPU seconds."""
     from medimg.training.loop import train_steps

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'Films', 'tuberculosis_films', 'train_on', 'nested_rows', 'transfer_nih', 'within_ranks', 'tb_sites']
 
-# %% ../../nbs/experiments/05_transfer.ipynb #260fafa8
+# %% ../../nbs/experiments/05_transfer.ipynb #a26f86a0
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class Plan:
             return cls(3, 2, 2, (0.5,), ((0, 1), (2, 3)), 160, 50)
         return cls(600, 300, 200, (0.1, 1.0) if profile == "course" else (0.1, 0.3, 1.0), ((0,), (1,), (2,), (3,)), None, 1000 if profile == "course" else 2000)
 
-# %% ../../nbs/experiments/05_transfer.ipynb #897af5bc
+# %% ../../nbs/experiments/05_transfer.ipynb #325455d1
 @dataclass(frozen=True)
 class Films:
     """Radiographs ready for a network, with whom and where they are from.
@@ -105,7 +105,7 @@ def tuberculosis_films(run) -> Films:
         x = np.where((site == "MCUCXR")[:, None, None, None], x**1.5, x)
     return Films(x, d.labels.astype("int32"), d.image_ids, d.groups, site, fold, (d.name, d.checksum))
 
-# %% ../../nbs/experiments/05_transfer.ipynb #f296699a
+# %% ../../nbs/experiments/05_transfer.ipynb #018c409b
 def train_on(net, films: Films, *, steps: int, seed: int, out=None, scales=None, rate: float = 3e-3):
     """Train a network on films: batches of 16, half of them positive (for findings: any 16), augmented, all a pure function of the seed.
 
