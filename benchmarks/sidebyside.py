@@ -21,9 +21,9 @@ out, sys.stdout = sys.stdout, sys.stderr
 exec(compile(json.loads(sys.stdin.readline()), "<peer>", "exec"), space)
 print(json.dumps("ready"), file=out, flush=True)
 for line in sys.stdin:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     space["run"](**json.loads(line))
-    print(time.perf_counter() - start, file=out, flush=True)
+    print(json.dumps([time.perf_counter() - start, time.process_time() - cpu]), file=out, flush=True)
 """
 
 
@@ -34,7 +34,7 @@ def peer_python() -> str | None:
 
 
 class Peer:
-    """Another program: source that defines `run(**arguments)`, in a process of its own; call it to get the seconds that it took."""
+    """Another program: source that defines `run(**arguments)`, in a process of its own; call it to get the seconds that it took; `cpu` has its CPU seconds."""
 
     def __init__(self, source: str, *, python: str | None = None, env: dict | None = None):
         self.process = subprocess.Popen([python or peer_python() or sys.executable, "-c", LOOP], text=True, stdin=subprocess.PIPE,
@@ -50,26 +50,37 @@ class Peer:
         return json.loads(answer)
 
     def __call__(self, **arguments) -> float:
-        return self._send(arguments)
+        wall, self.cpu = self._send(arguments)
+        return wall
 
     def close(self):
         self.process.kill()
         self.process.wait()
 
 
-def seconds(function, **arguments) -> float:
+def seconds(function, *, timer=time.perf_counter, **arguments) -> float:
     """How long one call of ours takes."""
-    start = time.perf_counter()
+    start = timer()
     function(**arguments)
-    return time.perf_counter() - start
+    return timer() - start
 
 
-def compare(what: str, ours, peers: dict, *, repeats: int = 7, **arguments) -> list[dict]:
+def _clock(peer, cpu):
+    """A callable that gives the seconds of a call: on the wall, or those that the processor spent on it."""
+    def called(**arguments):
+        wall = peer(**arguments)
+        return peer.cpu if cpu else wall
+    timer = time.process_time if cpu else time.perf_counter
+    return called if isinstance(peer, Peer) else lambda **arguments: seconds(peer, timer=timer, **arguments)
+
+
+def compare(what: str, ours, peers: dict, *, repeats: int = 7, cpu: bool = False, **arguments) -> list[dict]:
     """Call ours and each peer in turn `repeats` times after one warm-up each; one row a peer: medians, and the ratio of each round.
 
-    `ours` is a callable that is timed here; a peer is a `Peer`, or a callable that is timed here as well.
+    `ours` is a callable that is timed here; a peer is a `Peer`, or a callable that is timed here as well. `cpu` counts CPU seconds, which a busy machine hardly
+    distorts; with one thread, for waiting threads count as working.
     """
-    clock = {name: p if isinstance(p, Peer) else (lambda p=p, **kw: seconds(p, **kw)) for name, p in {"medimg": ours, **peers}.items()}
+    clock = {name: _clock(p, cpu) for name, p in {"medimg": ours, **peers}.items()}
     for call in clock.values():
         call(**arguments)
     rounds = [{name: call(**arguments) for name, call in clock.items()} for _ in range(repeats)]

@@ -53,7 +53,7 @@ def toy_network(*, size: int = 16, bias: float = -2.0) -> bytes:
                               [numpy_helper.from_array(v, k) for k, v in weights.items()])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
-# %% ../../nbs/deployment/02_engine.ipynb #4d4c241b
+# %% ../../nbs/deployment/02_engine.ipynb #7f1e55ef
 _EXTERNAL = b"\x0a\x08location"      # protobuf: a StringStringEntryProto whose key is "location" marks weights kept outside the file
 
 
@@ -88,8 +88,8 @@ class Engine:
                               remedy="export it with medimg.deployment.engine.export_onnx")
         self.input_shape = tuple(s if isinstance(s, int) else None for s in image[1][1:])
 
-    def run(self, batch, *, chunk: int = 256) -> dict:
-        """The named outputs for a `batch` (n, [z,] y, x, c), `chunk` pictures at a time; see `run_engine`."""
+    def run(self, batch, *, chunk: int | None = None) -> dict:
+        """The named outputs for a `batch` (n, [z,] y, x, c), `chunk` pictures or volumes at a time; see `run_engine`."""
         return run_engine(self, batch, chunk=chunk)
 
     def __repr__(self):
@@ -122,18 +122,18 @@ def _session(data, threads, path):
     except Exception as error:      # ONNX Runtime raises a dozen types of its own
         raise BundleError("not a graph that ONNX Runtime can run", path=path, remedy="export it again") from error
 
-# %% ../../nbs/deployment/02_engine.ipynb #1e2f8b2e
-def run_engine(engine, batch, *, chunk: int = 256) -> dict:
+# %% ../../nbs/deployment/02_engine.ipynb #18006aca
+def run_engine(engine, batch, *, chunk: int | None = None) -> dict:
     """The named outputs of `engine` for a batch of preprocessed pictures.
 
     Parameters
     ----------
     engine : Engine
         An opened graph.
-    batch : array (n, y, x, c), float32, finite
+    batch : array (n, [z,] y, x, c), float32, finite
         Preprocessed pictures, as `Preprocessor.batch` gives them; other number types are converted.
-    chunk : int
-        How many pictures go through the network together.
+    chunk : int, optional
+        How many go through the network together; by default 256 pictures, or one volume.
 
     Returns
     -------
@@ -152,6 +152,7 @@ def run_engine(engine, batch, *, chunk: int = 256) -> dict:
     {'logits': (3, 1), 'features': (3, 16), 'cam': (3, 4, 4, 1)}
     """
     batch = _checked_batch(engine, batch)
+    chunk = chunk or (256 if batch.ndim == 4 else 1)
     parts = [engine._session.run(list(engine.outputs), {"images": batch[i:i + chunk]}) for i in range(0, len(batch), chunk)]
     return {name: np.concatenate(values) for name, values in zip(engine.outputs, zip(*parts))}
 
@@ -168,17 +169,19 @@ def _checked_batch(engine, batch):
         raise BundleError("the batch holds values that are not finite (NaN or infinity)", path=engine.path)
     return batch
 
-# %% ../../nbs/deployment/02_engine.ipynb #39fb1afd
-def export_onnx(model, path) -> Path:
+# %% ../../nbs/deployment/02_engine.ipynb #4b7340cd
+def export_onnx(model, path, *, stack: bool = True) -> Path:
     """Write a Keras model as one ONNX file with the input `images` and named outputs; the batch size stays free.
 
     Parameters
     ----------
     model : keras.Model
-        Input (n, y, x, c); outputs a dict with `logits` and, when known, `features` and `cam`, as
+        Input (n, [z,] y, x, c); outputs a dict with `logits` and, when known, `features` and `cam`, as
         `medimg.models.resnet.inference_model` builds it; a single output is taken for the logits.
     path : str or Path
         The file to write, for example `model.onnx`.
+    stack : bool
+        Whether 3-D convolutions are laid flat, see `medimg.deployment.volume_graph.stack_slices`; False leaves them as Keras wrote them.
 
     Returns
     -------
@@ -203,20 +206,24 @@ def export_onnx(model, path) -> Path:
                           remedy="give it one input and name the outputs logits, features, cam")
     from medimg.config import atomic_path
     with atomic_path(path) as tmp:
-        tmp.write_bytes(_named_graph(model, names))
+        tmp.write_bytes(_named_graph(model, names, stack))
     return Path(path)
 
-# %% ../../nbs/deployment/02_engine.ipynb #721adc5c
-def _named_graph(model, names):
+# %% ../../nbs/deployment/02_engine.ipynb #739b7fb1
+def _named_graph(model, names, stack):
     import logging
     import tempfile
     import warnings
 
+    import keras
     import onnx
+
+    from medimg.deployment.volume_graph import stack_slices
     logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+    shape = model.inputs[0].shape[1:]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model(np.zeros((1, *model.inputs[0].shape[1:]), "float32"), training=False)     # Keras exports only what was called once
+        model(keras.Input(shape) if None in shape else np.zeros((1, *shape), "float32"), training=False)    # Keras exports only what was called once
         model.export(f"{folder}/model.onnx", format="onnx", verbose=False)
         proto = onnx.load(f"{folder}/model.onnx")
     found = [o.name for o in proto.graph.output]
@@ -224,6 +231,7 @@ def _named_graph(model, names):
     for value in [*proto.graph.input, *proto.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "n"
     proto.graph.doc_string, proto.doc_string, proto.graph.name = "", "", "medimg"
+    proto = stack_slices(proto) if stack else proto
     onnx.checker.check_model(proto)
     return proto.SerializeToString(deterministic=True)
 
