@@ -313,6 +313,18 @@ def test_mask_moves_with_its_film():
             assert dice(image > (image.min() + image.max()) / 2, mask) > 0.95
 
 
+def test_gas_lies_under_the_left_lung_only():
+    """Against the geometry: nothing changes inside the lungs, left of the middle, or above the upper half of the left lung."""
+    film, lungs = np.full((128, 128), 220, np.uint8), np.zeros((128, 128), bool)
+    lungs[20:80, 16:52] = lungs[20:90, 76:112] = True
+    film[lungs] = 60
+    for seed in range(40):
+        changed = seg.stomach_gas(film, lungs, np.random.default_rng(seed)) != film
+        assert changed.any() and not changed[lungs].any() and not changed[:, :52].any() and not changed[:55].any()
+    lungs[:, 64:] = False
+    assert np.array_equal(seg.stomach_gas(film, lungs, np.random.default_rng(0)), film)
+
+
 @pytest.mark.parametrize("bad, said", [(np.ones((2, 8, 8)), "constant"), (np.full((1, 8, 8), np.nan), "NaN")])
 def test_films_without_contrast_are_refused(bad, said):
     with pytest.raises(MedimgError, match=said):
