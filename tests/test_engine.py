@@ -101,3 +101,14 @@ def test_parity_sees_a_difference():
     engine = Engine(toy_network())
     other = Engine(toy_network(bias=-1.5))
     assert parity(other.run, engine, batch()) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_relative_parity_forgives_no_small_output_for_a_large_one():
+    """Each output is judged by its own size: features of 1000 do not hide a difference in the logits."""
+    class Fixed:
+        def run(self, x):
+            return {"logits": np.full((len(x), 1), 40.002), "features": np.full((len(x), 2), 1000.0)}
+    keras_like = lambda x: {"logits": np.full((len(x), 1), 40.0), "features": np.full((len(x), 2), 1000.0)}     # noqa: E731
+    assert parity(keras_like, Fixed(), batch()) == pytest.approx(0.002) and parity(keras_like, Fixed(), batch(), relative=True) == pytest.approx(0.002 / 40)
+    small = lambda x: {"logits": np.full((len(x), 1), 0.3), "features": np.full((len(x), 2), 1000.0)}     # noqa: E731
+    assert parity(small, Fixed(), batch(), relative=True) == pytest.approx(39.702)
