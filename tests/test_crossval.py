@@ -1,0 +1,404 @@
+"""Cross-validation against scikit-learn, against simulated truth, and against every way to make a figure false."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy.stats import binom, norm, rankdata, t
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, cross_val_predict
+
+from medimg.errors import ConfigError, DatasetError, MedimgError
+from medimg.training.crossval import CrossValidation, Folds, cross_validate, fold_leaks, mean_interval, nested, patient_folds, site_folds
+
+
+def ward(seed, patients=60, images=2, apart=0.8, columns=6):
+    """Features, labels and patients; the first two columns tell a little."""
+    rng = np.random.default_rng(seed)
+    ill, who = rng.permutation(np.arange(patients) % 2), np.repeat(np.arange(patients), images)
+    own = (rng.normal(size=(patients, columns))[who] + rng.normal(size=(len(who), columns))) / np.sqrt(2)
+    own[:, :2] += apart * ill[who, None]
+    return own, ill[who], who
+
+
+def auc(y, p):
+    """By ranks; scikit-learn's own is slow in loops (they agree: see below)."""
+    ranks, ill = rankdata(p), np.asarray(y) == 1
+    return (ranks[ill].sum() - ill.sum() * (ill.sum() + 1) / 2) / (ill.sum() * (~ill).sum())
+
+
+def ridge(x, y):
+    c = x - x.mean(0)
+    return np.linalg.solve(c.T @ c + np.eye(x.shape[1]), c.T @ (y - y.mean()))
+
+
+def ridge_on(x, y):
+    return lambda train, test: x[test] @ ridge(x[train], y[train])
+
+
+# ---- folds ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(6))
+def test_each_patient_is_tested_once_a_round_and_never_trained_on(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 6, 80)
+    who = rng.permutation(np.repeat([f"P{k}" for k in range(80)], sizes))
+    y = (rng.random(len(who)) < 0.3).astype(int)
+    folds = patient_folds(y, who, folds=5, repeats=3, seed=seed)
+    assert len(folds) == 15 and folds.repeat.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    for k, (train, test) in enumerate(folds):
+        assert not set(who[train]) & set(who[test]) and sorted([*train, *test]) == list(range(len(y)))
+        assert abs(y[test].mean() - y.mean()) < 0.12 and abs(len(test) - len(y) / 5) < 0.1 * len(y)
+    for r in range(3):
+        tested = np.concatenate([test for k, (_, test) in enumerate(folds) if folds.repeat[k] == r])
+        assert sorted(tested) == list(range(len(y)))
+    assert folds.pairs[0][1].tolist() != folds.pairs[5][1].tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_folds_are_those_of_scikit_learn(seed):
+    _, y, who = ward(seed, 40, 3)
+    ours = patient_folds(y, who, folds=4, repeats=2, seed=seed)
+    theirs = [pair for r in range(2) for pair in StratifiedGroupKFold(4, shuffle=True, random_state=seed + r).split(y, y, who)]
+    assert all(np.array_equal(a, b) for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True))
+    site = np.array(["N", "S", "W"])[who % 3]
+    assert all(np.array_equal(a[1], b[1]) for a, b in zip(site_folds(y, site, who), LeaveOneGroupOut().split(y, y, site), strict=True))
+
+
+def test_ids_of_any_kind_make_the_same_folds_and_are_not_kept():
+    _, y, who = ward(3, 30)
+    names = np.array([f"DOE^{k:03d}" for k in who])
+    a, b = patient_folds(y, who), patient_folds(y, names)
+    assert "DOE" not in repr(vars(b)) and a.digest == b.digest == patient_folds(y, who).digest
+    assert len({a.digest, patient_folds(y, who, seed=1).digest, patient_folds(1 - y, who).digest, patient_folds(y, "each").digest}) == 4
+
+
+def test_names_of_classes_and_masks_are_taken():
+    y = np.array(["ill", "well"] * 10)
+    folds = Folds(y, "each", [(np.arange(20) < 10, np.arange(20) >= 10)])
+    assert folds.pairs[0][1].tolist() == list(range(10, 20)) and folds.ratio == 1
+
+
+E20 = np.arange(20) % 2
+ERRORS = {
+    "no patient ids": lambda: patient_folds(E20),
+    "2 of 20 cases have no patient id, the first in row 3": lambda: patient_folds(E20, [None if k in (3, 5) else k for k in range(20)]),
+    "1 of 20 cases have no patient id": lambda: patient_folds(E20, [float("nan"), *range(19)]),
+    "20 labels and patient ids of shape (19,)": lambda: patient_folds(E20, range(19)),
+    "4 patients cannot fill 5 folds": lambda: patient_folds(E20, np.arange(20) // 5),
+    "a class has 2 patients only": lambda: patient_folds([1, 1, *[0] * 18], "each", folds=3),
+    "all 20 cases are of one class": lambda: patient_folds(np.zeros(20, int), "each"),
+    "cut a continuous value": lambda: patient_folds(np.linspace(0, 1, 20), "each"),
+    "2 or more folds": lambda: patient_folds(E20, "each", folds=1),
+    "all cases are of one site": lambda: site_folds(E20, ["N"] * 20, "each"),
+    "no site ids": lambda: site_folds(E20, None, "each"),
+    "class 1 is absent from the test part of fold 0": lambda: site_folds(E20, np.where((E20 == 0) & (np.arange(20) < 10), "A", "B"), "each"),
+    "1 patients are in training and in test of fold 0, for example that of rows 0 and 1": lambda: Folds([0, 0, 1, 1], [5, 5, 6, 7], [([0, 2], [1, 3])]),
+    "the test part of fold 1 has no case": lambda: Folds(E20, "each", [(range(10), range(10, 20)), (range(10), [])]),
+    "the training part of fold 0 has no case": lambda: Folds(E20, "each", [(np.zeros(20, bool), np.ones(20, bool))]),
+    "class 0 is absent from the training part": lambda: Folds(E20, "each", [([1, 3], [0, 5])]),
+    "class ill is absent from the test part": lambda: Folds(["ill", "well"] * 2, "each", [([0, 1], [3])]),
+    "different rows from 0 to 19": lambda: Folds(E20, "each", [([0, 1], [2, 20])]),
+    "does not list different rows": lambda: Folds(E20, "each", [([0, 1, 1], [2, 3])]),
+    "there is no fold": lambda: Folds(E20, "each", []),
+}
+
+
+@pytest.mark.parametrize("text", ERRORS)
+def test_what_would_make_a_figure_false_is_refused(text):
+    with pytest.raises(DatasetError) as caught:
+        ERRORS[text]()
+    assert text in str(caught.value) and caught.value.remedy
+
+
+def test_a_patient_at_two_sites_is_refused():
+    with pytest.raises(DatasetError, match="that of rows 10 and 0"):
+        site_folds(E20, np.arange(20) // 10, [0, *range(1, 10), 0, *range(11, 20)])
+
+
+# ---- intervals -----------------------------------------------------------------------------------------------------------------
+def test_interval_by_hand():
+    v = np.array([0.7, 0.8, 0.75, 0.85, 0.9])
+    half = t.ppf(0.975, 4) * v.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
+    assert mean_interval(v, ratio=0.25) == pytest.approx((v.mean() - half, v.mean() + half))
+    assert mean_interval(v, ratio=0) == pytest.approx(t.interval(0.95, 4, v.mean(), v.std(ddof=1) / np.sqrt(5)))
+    assert np.isnan(mean_interval([1.0, 1.0], ratio=0.25)).all()
+
+
+@pytest.mark.parametrize("wrong", [dict(values=[0.5], ratio=0), dict(values=[0.5, np.nan], ratio=0), dict(values=[0.5, 0.6], ratio=0, level=95), dict(values=[0.5, 0.6], ratio=-1)])
+def test_interval_errors(wrong):
+    with pytest.raises(ConfigError, match="no interval"):
+        mean_interval(**wrong)
+
+
+def test_coverage_of_the_intervals():
+    """On simulated wards with a known true AUC: the naive interval over rounds covers too rarely, the corrected one does not."""
+    apart = np.r_[0.8, 0.8, np.zeros(4)]
+    true = np.mean([norm.cdf(w @ apart / np.sqrt(2 * w @ w)) for w in (ridge(*ward([1, s], 48)[:2]) for s in range(800))])
+    wards, hits = 120, np.zeros(2, int)
+    for seed in range(wards):
+        x, y, who = ward([2, seed])
+        cv = cross_validate(ridge_on(x, y), patient_folds(y, who, repeats=4, seed=seed), metric=auc, progress=False)
+        for k, ratio in enumerate((0, cv.folds.ratio)):
+            low, high = mean_interval(cv.values, ratio=ratio)
+            hits[k] += low <= true <= high
+        assert cv.interval() == (low, high)
+    assert hits[0] < binom.ppf(0.001, wards, 0.8), f"naive: {hits[0]} of {wards}"
+    assert hits[1] >= binom.ppf(0.001, wards, 0.9), f"corrected: {hits[1]} of {wards}"
+
+
+def test_patient_interval_is_that_of_the_patients():
+    """With accuracy and one image a patient, the bootstrap of patients is near the binomial standard error; copies of images do not narrow it."""
+    rng = np.random.default_rng(0)
+    y, right = np.arange(200) % 2, rng.random(200) < 0.8
+
+    def run(copies):
+        labels, ok = np.repeat(y, copies), np.repeat(right, copies)
+        folds = patient_folds(labels, np.repeat(np.arange(200), copies))
+        return cross_validate(lambda train, test: np.where(ok[test], labels[test], 1 - labels[test]), folds, metric=lambda a, b: np.mean(a == b), progress=False)
+    low, high = run(1).patient_interval(n_boot=600)
+    expected = 2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 200)
+    assert 0.85 < (high - low) / expected < 1.15 and low < right.mean() < high
+    assert 0.85 < np.subtract(*run(4).patient_interval(n_boot=600)[::-1]) / expected < 1.15
+
+
+def test_patient_interval_says_when_no_draw_is_defined(monkeypatch):
+    cv = cross_validate(lambda train, test: test, Folds([0, 1, 0, 1], "each", [([0, 1], [2, 3])]), metric=lambda y, p: 0.5, progress=False)
+    monkeypatch.setattr(CrossValidation, "_drawn", lambda self, counts: [])
+    with pytest.raises(MedimgError, match="none of 9 draws"):
+        cv.patient_interval(n_boot=9)
+
+
+# ---- cross_validate ------------------------------------------------------------------------------------------------------------
+def test_answers_equal_cross_val_predict():
+    from sklearn.linear_model import LogisticRegression
+    x, y, who = ward(5)
+    folds = patient_folds(y, who, seed=3)
+    ours = cross_validate(lambda train, test: LogisticRegression().fit(x[train], y[train]).predict_proba(x[test]), folds, metric=lambda y, p: roc_auc_score(y, p[:, 1]), progress=False)
+    theirs = cross_val_predict(LogisticRegression(), x, y, groups=who, cv=StratifiedGroupKFold(5, shuffle=True, random_state=3), method="predict_proba")
+    np.testing.assert_array_equal(ours.predictions[0], theirs)
+    assert ours.values == pytest.approx([auc(y[test], theirs[test, 1]) for _, test in folds])
+    assert ours.values.tolist() == [roc_auc_score(y[test], theirs[test, 1]) for _, test in folds]
+
+
+def test_cases_that_a_round_does_not_test_stay_nan():
+    cv = cross_validate(lambda train, test: test, Folds([0, 1] * 4, "each", [([0, 1], [2, 3]), ([0, 1], [2, 5])]), metric=lambda y, p: 0.5, progress=False)
+    assert cv.predictions.shape == (2, 8) and np.isnan(cv.predictions).sum() == 12
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from medimg.training.crossval import cross_validate, patient_folds
+y, x = np.arange(60) % 2, np.random.default_rng(0).normal(size=60) + np.arange(60) % 2
+def slow(train, test):
+    time.sleep(0.4)
+    print("trained", flush=True)
+    return x[test] - x[train].mean()
+cv = cross_validate(slow, patient_folds(y, "each", folds=6), metric=lambda y, p: np.mean((p > 0) == y), out=sys.argv[1])
+np.save(sys.argv[2], cv.predictions)
+"""
+
+
+def test_a_kill_loses_at_most_one_fold(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "kept"), str(tmp_path / "p.npy")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        for line in first.stdout:
+            if line.startswith("fold 3"):
+                break
+        time.sleep(0.1)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    done = len(list((tmp_path / "kept").glob("fold-*.npz")))
+    assert 3 <= done < 6
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.count("trained") == 6 - done and again.stdout.count("(kept)") == done
+    fresh = subprocess.run([*command[:3], str(tmp_path / "fresh"), str(tmp_path / "q.npy")], capture_output=True, text=True, check=True)
+    assert fresh.stdout.count("trained") == 6
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), np.load(tmp_path / "q.npy"))
+
+
+def test_files_of_another_split_or_plan_are_refused_before_any_training(tmp_path):
+    x, y, who = ward(6)
+    folds, calls = patient_folds(y, who), []
+
+    def counted(train, test):
+        calls.append(1)
+        return x[test, 0]
+    cross_validate(counted, folds, metric=roc_auc_score, out=tmp_path, plan={"model": "a", "sizes": (1, 2)}, progress=False)
+    cross_validate(counted, folds, metric=roc_auc_score, out=tmp_path, plan={"model": "a", "sizes": [1, 2]}, progress=False)
+    assert len(calls) == 5
+    for other, plan, text in ((patient_folds(y, who, seed=1), {"model": "a", "sizes": [1, 2]}, "split"), (folds, {"model": "b"}, "plan"), (folds, None, "plan")):
+        with pytest.raises(ConfigError, match=f"another {text}"):
+            cross_validate(counted, other, metric=roc_auc_score, out=tmp_path, plan=plan, progress=False)
+    assert len(calls) == 5
+
+
+def test_a_damaged_file_is_named_and_made_again(tmp_path):
+    x, y, who = ward(6)
+    run = lambda: cross_validate(ridge_on(x, y), patient_folds(y, who), metric=roc_auc_score, out=tmp_path, progress=False)
+    before, file = run(), tmp_path / "fold-002.npz"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(MedimgError, match="fold-002.npz.*delete this file"):
+        run()
+    file.unlink()
+    np.testing.assert_array_equal(run().predictions, before.predictions)
+
+
+@pytest.mark.parametrize("answer, text", [(lambda n: np.zeros(n - 1), "for 20 test cases"), (lambda n: np.full(n, np.nan), "finite"), (lambda n: np.array(["ill"] * n), "finite"), (lambda n: 0.5, "one row")])
+def test_answers_that_do_not_fit_are_refused_and_not_stored(tmp_path, answer, text):
+    with pytest.raises(ConfigError, match=text):
+        cross_validate(lambda train, test: answer(len(test)), patient_folds(np.arange(100) % 2, "each"), metric=lambda y, p: 0.0, out=tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_answers_of_two_forms_and_metrics_without_a_number_are_refused():
+    folds, sizes = patient_folds(E20, "each", folds=2), iter((1, 2))
+    with pytest.raises(ConfigError, match="in the same form"):
+        cross_validate(lambda train, test: np.zeros((len(test), next(sizes))), folds, metric=lambda y, p: 0.0, progress=False)
+    with pytest.raises(ConfigError, match="the metric of fold 0 is nan"):
+        cross_validate(lambda train, test: test, folds, metric=lambda y, p: np.nan, progress=False)
+
+
+# ---- nested --------------------------------------------------------------------------------------------------------------------
+def test_nested_never_shows_the_outer_fold_to_a_candidate():
+    x, y, who = ward(8)
+    folds, seen = patient_folds(y, who), []
+
+    def watched(train, test):
+        seen.append((set(train.tolist()), set(test.tolist())))
+        return x[test, 0]
+    cv = cross_validate(nested({"a": watched, "b": lambda train, test: -x[test, 0]}, folds, metric=roc_auc_score), folds, metric=roc_auc_score, progress=False)
+    assert [note["chosen"] for note in cv.notes] == ["a"] * 5 and all(note["inner"]["a"] > note["inner"]["b"] for note in cv.notes)
+    assert len(seen) == 5 * 4
+    for k, (train, test) in enumerate(folds):
+        inner, last = seen[4 * k:4 * k + 3], seen[4 * k + 3]
+        assert all((a | b) == set(train.tolist()) and not set(who[list(a)]) & set(who[list(b)]) for a, b in inner)
+        assert last == (set(train.tolist()), set(test.tolist()))
+
+
+def test_nested_is_not_flattered_by_choosing():
+    """Columns of noise: the best of 15 on the reported folds is above chance, the one chosen inside is not (mean over 30 wards)."""
+    best, inside = [], []
+    for seed in range(30):
+        x, y = np.random.default_rng([9, seed]).normal(size=(60, 15)), np.arange(60) % 2
+        folds = patient_folds(y, "each", seed=seed)
+        columns = {c: (lambda train, test, c=c: x[test, c] * np.sign(x[train, c] @ (y[train] - 0.5))) for c in range(15)}
+        best.append(max(cross_validate(f, folds, metric=auc, progress=False).mean for f in columns.values()))
+        inside.append(cross_validate(nested(columns, folds, metric=auc), folds, metric=auc, progress=False).mean)
+    error = np.std(inside) / np.sqrt(30)
+    assert np.mean(best) > 0.6 and np.mean(inside) < 0.5 + 3 * error < 0.58
+
+
+def test_nested_needs_a_choice():
+    with pytest.raises(ConfigError, match="1 candidate"):
+        nested({"a": None}, patient_folds(E20, "each"), metric=roc_auc_score)
+
+
+# ---- leaks ---------------------------------------------------------------------------------------------------------------------
+def pictures(n, seed=0, side=48):
+    """Smooth random pictures (n, y, x) uint8, unlike each other."""
+    from scipy.ndimage import gaussian_filter
+    rough = np.random.default_rng(seed).normal(size=(n, side, side))
+    smooth = np.array([gaussian_filter(a, 2.0) for a in rough])
+    return (128 + 90 * (smooth / np.abs(smooth).max(axis=(1, 2), keepdims=True))).astype(np.uint8)
+
+
+def halves(n):
+    return Folds(np.arange(n) % 2, "each", [(np.arange(n // 2), np.arange(n // 2, n))])
+
+
+def kinds(leaks):
+    return {leak.kind: leak.rows.tolist() for leak in leaks}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_leak_where_there_is_none(seed):
+    images = pictures(80, seed)
+    features = np.random.default_rng(seed).normal(size=(80, 30))
+    features[:, 0] += (np.arange(80) % 2) * 2          # a good column, not the label
+    assert fold_leaks(halves(80), patients=np.arange(80), studies=[f"1.2.{k}" for k in range(80)], images=images, features=features) == []
+
+
+def altered(image, how):
+    image = image.astype(float)
+    moved = {"equal": image, "brighter": image * 0.7 + 60, "noisy": image + np.random.default_rng(1).normal(0, 2, image.shape),
+             "shifted": np.pad(image, 1, mode="edge")[2:, 2:], "mirrored": image[:, ::-1], "mirrored and brighter": image[:, ::-1] * 0.7 + 60}
+    return moved[how].clip(0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("how, kind", [("equal", "identical"), ("brighter", "near-copy"), ("noisy", "near-copy"), ("shifted", "near-copy"), ("mirrored", "mirror"), ("mirrored and brighter", "mirror")])
+def test_planted_copies_are_found_in_every_pair_and_only_they(how, kind):
+    images = pictures(60)
+    planted = {(3, 33), (10, 59), (29, 30)}
+    for a, b in planted:
+        images[b] = altered(images[a], how)
+    assert {k: set(map(tuple, rows)) for k, rows in kinds(fold_leaks(halves(60), images=images)).items()} == {kind: planted}
+
+
+def test_copies_on_one_side_are_no_leak():
+    images = pictures(60)
+    images[4] = images[3]
+    images[41] = altered(images[40], "brighter")
+    assert fold_leaks(halves(60), images=images) == []
+    assert kinds(fold_leaks(Folds(np.arange(60) % 2, "each", [(np.arange(4), np.arange(4, 60))]), images=images)) == {"identical": [[3, 4]]}
+
+
+def test_equal_images_are_found_though_the_first_of_them_is_in_no_part():
+    images = pictures(20)
+    images[[6, 15]] = images[0]
+    images[16] = altered(images[0], "brighter")
+    folds = Folds(np.arange(20) % 2, "each", [(np.arange(1, 10), np.arange(10, 20))])
+    assert kinds(fold_leaks(folds, images=images)) == {"identical": [[6, 15]], "near-copy": [[6, 16]]}
+
+
+def test_shared_patients_and_studies_are_found_in_their_fold():
+    folds = patient_folds(np.arange(40) % 2, "each", folds=4)
+    who = np.arange(40)
+    a, b = folds.pairs[1][1][0], folds.pairs[2][1][0]
+    who[b] = who[a]
+    leaks = fold_leaks(folds, patients=who, studies=[f"1.2.{k}" for k in range(40)])
+    assert [(leak.kind, leak.fold) for leak in leaks] == [("patient", 1), ("patient", 2)]
+    assert leaks[0].rows.tolist() == [[b, a]] and leaks[1].rows.tolist() == [[a, b]]
+    assert [leak.kind for leak in fold_leaks(folds, studies=who)] == ["study", "study"]
+    _, y, same = ward(1)
+    assert fold_leaks(patient_folds(y, same), patients=same) == []
+
+
+def test_columns_that_are_the_label_are_found():
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    table = rng.normal(size=(90, 5))
+    table[:, 1] = np.array([7.0, -2, 3])[y]                       # a code of the class
+    table[:, 3] = y * 10 + rng.random(90)
+    found = [leak.note.split(" alone")[0] for leak in fold_leaks(patient_folds(y, "each"), features=table, names=list("abcde"))]
+    assert found == ["b", "d"]
+    two = (np.arange(60) % 2)
+    missing = np.where(two == 1, np.nan, rng.normal(size=60))[:, None]          # only the ill were not measured
+    assert [leak.note[:8] for leak in fold_leaks(patient_folds(two, "each"), features=missing)] == ["column 0"]
+
+
+def test_few_cases_do_not_accuse_a_column():
+    """Six cases are sorted by one of 200 random columns by luck."""
+    table, y = np.random.default_rng(0).normal(size=(6, 200)), np.array([0, 0, 0, 1, 1, 1])
+    lucky = [c for c in range(200) if table[:3, c].max() < table[3:, c].min()]
+    assert lucky and fold_leaks(Folds(y, "each", [([0, 1, 3], [2, 4, 5])]), features=table) == []
+
+
+@pytest.mark.parametrize("wrong, text", [(dict(patients=range(3)), r"20 labels and patient ids of shape \(3,\)"), (dict(studies=[""] + ["1"] * 19), "have no study id"),
+                                         (dict(images=np.zeros((3, 8, 8))), "images of 3 cases"), (dict(features=np.zeros(20)), "features of 20 cases")])
+def test_leak_detector_errors(wrong, text):
+    with pytest.raises(DatasetError, match=text):
+        fold_leaks(halves(20), **wrong)
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for call in (lambda: patient_folds(E20, "each"), lambda: site_folds(E20, np.arange(20) // 10, "each")):
+        with pytest.raises(ConfigError, match="medimg\\[train\\]"):
+            call()
+
