@@ -13,6 +13,7 @@ from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, cros
 
 from medimg.errors import ConfigError, DatasetError, MedimgError
 from medimg.training.crossval import CrossValidation, Folds, cross_validate, fold_leaks, mean_interval, nested, patient_folds, site_folds
+from medimg.training.learning_curve import LearningCurve, Needed, PowerLaw, fit_power_law, learning_curve, nested_patients
 
 
 def ward(seed, patients=60, images=2, apart=0.8, columns=6):
@@ -166,7 +167,7 @@ def test_patient_interval_is_that_of_the_patients():
 
 def test_patient_interval_says_when_no_draw_is_defined(monkeypatch):
     cv = cross_validate(lambda train, test: test, Folds([0, 1, 0, 1], "each", [([0, 1], [2, 3])]), metric=lambda y, p: 0.5, progress=False)
-    monkeypatch.setattr(CrossValidation, "_drawn", lambda self, counts: [])
+    monkeypatch.setattr("medimg.training.crossval._on_draw", lambda cv, counts: [])
     with pytest.raises(MedimgError, match="none of 9 draws"):
         cv.patient_interval(n_boot=9)
 
@@ -402,3 +403,116 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
         with pytest.raises(ConfigError, match="medimg\\[train\\]"):
             call()
 
+
+# ---- learning curves -----------------------------------------------------------------------------------------------------------
+def test_sets_of_patients_are_nested_whole_and_stratified():
+    rng = np.random.default_rng(0)
+    who = rng.permutation(np.repeat(np.arange(90), rng.integers(1, 5, 90)))
+    y = (who % 3 == 0).astype(int)
+    folds = patient_folds(y, who)
+    for k, (train, _) in enumerate(folds):
+        sizes = [9, 18, 36, 64]
+        sets = nested_patients(train, folds, sizes, seed=k)
+        for n, rows, larger in zip(sizes, sets, [*sets[1:], train]):
+            chosen = np.unique(who[rows])
+            assert len(chosen) == n and set(rows) <= set(larger)
+            assert sorted(rows) == sorted(train[np.isin(who[train], chosen)])          # all images of each patient
+            assert abs((chosen % 3 == 0).mean() - 1 / 3) <= 1.5 / n
+    assert set(nested_patients(train, folds, [9], seed=1)[0]) != set(nested_patients(train, folds, [9], seed=2)[0])
+
+
+@pytest.mark.parametrize("law", [(0.9, 1.2, 0.5), (0.75, 4.0, 1.0), (1.0, 0.5, 0.3)])
+def test_power_law_is_recovered(law):
+    n = np.array([16, 32, 64, 128, 256])
+    found = fit_power_law(n, PowerLaw(*law).at(n))
+    assert found == pytest.approx(law, abs=1e-6)
+    assert found.at(found.patients(law[0] - 0.05)) == pytest.approx(law[0] - 0.05) and found.patients(law[0] + 0.01) == np.inf
+
+
+def test_power_law_is_the_least_squares_fit():
+    """No worse than scipy's own search on the same bounds, with weights, and one row at a time equals many at once."""
+    from scipy.optimize import least_squares
+    n, rng = np.array([20, 40, 80, 160, 320, 640]), np.random.default_rng(0)
+    rows, w = 0.8 - 1.5 * n ** -0.7 + rng.normal(0, 0.01, (8, 6)), rng.uniform(0.5, 2, 6)
+    many = fit_power_law(n, rows, weights=w)
+    for k, row in enumerate(rows):
+        one = fit_power_law(n, row, weights=w)
+        assert one == pytest.approx(tuple(part[k] for part in many)) and one.top <= 1 and one.drop >= 0
+        residual = lambda q, row=row: np.sqrt(w) * (q[0] - q[1] * n ** -q[2] - row)
+        theirs = min(least_squares(residual, start, bounds=([-1, 0, 0.1], [1, 1e4, 2])).cost for start in ((0.8, 1.5, 0.7), (0.9, 0.5, 0.3)))
+        assert 0.5 * (residual(one) ** 2).sum() <= theirs * 1.02 + 1e-9
+    falling = fit_power_law(n, np.linspace(0.8, 0.7, 6))
+    assert falling.drop == 0 and falling.top == pytest.approx(0.75)
+    assert fit_power_law(n, np.linspace(0.9, 1.0, 6)).top <= 1
+
+
+@pytest.mark.parametrize("n, v", [([10, 20, 40], [0.5, 0.6, 0.7]), ([10, 10, 20, 40], [0.5] * 4), ([10, 20, 40, 80], [0.5] * 3), ([10, 20, 40, 80], [0.5, 0.5, 0.5, np.nan])])
+def test_power_law_errors(n, v):
+    with pytest.raises(ConfigError, match="four different sizes"):
+        fit_power_law(n, v)
+
+
+def test_each_size_is_what_its_own_training_gives(tmp_path):
+    x, y, who = ward(4, 90)
+    folds, sizes = patient_folds(y, who, repeats=2), [12, 24, 48, 72]
+    curve = learning_curve(ridge_on(x, y), folds, sizes=sizes, metric=auc, seed=3, out=tmp_path, plan={"model": "ridge"}, progress=False)
+    for k, (train, test) in enumerate(folds):
+        for s, rows in enumerate(nested_patients(train, folds, sizes, seed=[3, k])):
+            assert curve.cross.values[k, s] == auc(y[test], x[test] @ ridge(x[rows], y[rows]))
+    full = cross_validate(ridge_on(x, y), folds, metric=auc, progress=False)
+    assert curve.cross.values[:, -1] == pytest.approx(full.values)          # 72 patients are all of a training part
+    assert curve.interval()[:, -1] == pytest.approx(full.interval())
+    never = lambda train, test: 1 / 0
+    again = learning_curve(never, folds, sizes=sizes, metric=auc, seed=3, out=tmp_path, plan={"model": "ridge"}, progress=False)
+    assert np.array_equal(again.cross.values, curve.cross.values)
+    for changed in (dict(sizes=[12, 24, 48, 71]), dict(seed=4), dict(plan={"model": "svm"})):
+        with pytest.raises(ConfigError, match="another plan"):
+            learning_curve(never, folds, **{**dict(sizes=sizes, metric=auc, seed=3, out=tmp_path, plan={"model": "ridge"}, progress=False), **changed})
+
+
+@pytest.mark.parametrize("sizes, kind, text", [([5, 10, 20], ConfigError, "3 sizes"), ([1, 2, 3, 4], ConfigError, "from 2 upwards"),
+                                               ([10, 20, 30, 49], DatasetError, "49 patients are asked for, a training part has 48"), ([2, 3, 4, 5], DatasetError, "a class is absent among 2")])
+def test_learning_curve_errors(sizes, kind, text):
+    y = (np.arange(60) % 10 == 0).astype(int)
+    with pytest.raises(kind, match=text):
+        learning_curve(lambda train, test: test, patient_folds(y, "each"), sizes=sizes, metric=lambda y, p: 0.5, progress=False)
+
+
+def test_too_few_folds_give_no_interval():
+    x, y, who = ward(0)
+    curve = learning_curve(ridge_on(x, y), patient_folds(y, who, folds=3), sizes=[8, 12, 20, 30], metric=auc, progress=False)
+    with pytest.raises(ConfigError, match="3 folds are too few"):
+        curve.needed(0.8)
+
+
+def test_coverage_of_what_is_needed():
+    """Wards whose true curve is known: the goal that 200 patients reach is in the interval, though often without an upper bound; so is the figure after 200."""
+    apart, wards, hits = np.r_[0.8, 0.8, np.zeros(14)], 60, np.zeros(2, int)
+    draw = lambda seed, n: ward(seed, n, images=1, columns=16)[:2]
+    goal = np.mean([norm.cdf(w @ apart / np.sqrt(2 * w @ w)) for w in (ridge(*draw([1, s], 200)) for s in range(500))])
+    for seed in range(wards):
+        x, y = draw([2, seed], 120)
+        curve = learning_curve(ridge_on(x, y), patient_folds(y, "each", repeats=3, seed=seed), sizes=[20, 30, 50, 70, 96], metric=auc, seed=seed, progress=False)
+        need, (value, low, high) = curve.needed(goal, draws=300), curve.predict(200, draws=300)
+        assert need.low <= need.high and low <= value <= high
+        hits += [need.low <= 200 <= need.high, low <= goal <= high]
+        assert curve.needed(goal + 0.05, draws=300).low >= need.low
+    assert (hits >= binom.ppf(0.001, wards, 0.9)).all(), f"{hits} of {wards}"
+
+
+def test_a_firm_curve_gives_a_firm_answer():
+    """With hardly any noise the interval closes on the truth; far beyond the data nothing is promised."""
+    n, folds = np.array([20, 40, 80, 160]), patient_folds(np.arange(400) % 2, "each")
+    values = 0.9 - n ** -0.5 + np.random.default_rng(0).normal(0, 1e-4, (5, 4))
+    curve = LearningCurve(n, CrossValidation(folds, auc, values, None, ()))
+    near, far = curve.needed(0.85), curve.needed(0.885)
+    assert 360 < near.low < 400 < near.high < 440 and near.patients == pytest.approx(400, rel=0.05)
+    assert far.patients == far.low == far.high == np.inf          # 4,444 patients, beyond ten times 160
+    assert 4000 < curve.needed(0.885, horizon=100).patients < 5000
+
+
+def test_needed_in_words():
+    assert str(Needed(240.4, 90, np.inf)) == "at least 90 patients, best guess 240, no upper bound"
+    assert str(Needed(np.inf, 90, np.inf)) == "at least 90 patients, best guess none, no upper bound"
+    assert str(Needed(240, 90, 500)) == "at least 90 patients, best guess 240, at most 500"
+    assert str(Needed(np.inf, np.inf, np.inf)).startswith("not reached")
