@@ -80,6 +80,9 @@ def test_names_of_classes_and_masks_are_taken():
     y = np.array(["ill", "well"] * 10)
     folds = Folds(y, "each", [(np.arange(20) < 10, np.arange(20) >= 10)])
     assert folds.pairs[0][1].tolist() == list(range(10, 20)) and folds.ratio == 1
+    assert Folds(y.astype(object), "each", folds.pairs).digest == folds.digest
+    with pytest.raises(DatasetError, match="type object"):
+        Folds(np.array(["ill", None] * 10, object), "each", folds.pairs)
 
 
 E20 = np.arange(20) % 2

@@ -6,7 +6,7 @@
 __all__ = ['EACH', 'Folds', 'patient_folds', 'site_folds', 'mean_interval', 'CrossValidation', 'cross_validate', 'nested', 'Leak',
            'fold_leaks']
 
-# %% ../../nbs/training/04_crossval.ipynb #ef18dd22
+# %% ../../nbs/training/04_crossval.ipynb #78f8eefa
 import hashlib
 import json
 import time
@@ -26,10 +26,16 @@ from .record import load_checkpoint, save_checkpoint
 EACH = "each"
 
 
+def _named(labels):
+    """Labels as an array; a column of Python strings as text."""
+    y = np.asarray(labels)
+    return y.astype(str) if y.dtype.kind == "O" and all(isinstance(label, str) for label in y.flat) else y
+
+
 def _classes(labels):
     """(n,) whole numbers 0, 1, … of the classes."""
-    y = np.asarray(labels)
-    if y.ndim != 1 or not len(y) or y.dtype.kind not in "biuSU":
+    y = _named(labels)
+    if y.ndim != 1 or not len(y) or y.dtype.kind not in "biuU":
         raise DatasetError(f"labels of shape {y.shape} and type {y.dtype}", remedy="give one class a case, as whole numbers or names; cut a continuous value into classes first")
     codes = np.unique(y, return_inverse=True)[1]
     if not codes.any():
@@ -89,7 +95,7 @@ def _rounds(tests, n):
         out.append(number)
     return np.array(out)
 
-# %% ../../nbs/training/04_crossval.ipynb #800e0443
+# %% ../../nbs/training/04_crossval.ipynb #6389dd04
 @dataclass(frozen=True, eq=False)
 class Folds:
     """Folds that have been checked: no patient on both sides, no empty part, every class in every part.
@@ -123,7 +129,7 @@ class Folds:
         groups = _codes(self.groups, len(y))
         if not pairs:
             raise DatasetError("there is no fold", remedy="give one pair of training and test rows or more")
-        object.__setattr__(self, "labels", np.asarray(self.labels))
+        object.__setattr__(self, "labels", _named(self.labels))
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "pairs", tuple(_guarded(k, *pair, y, self.labels, groups) for k, pair in enumerate(pairs)))
 
