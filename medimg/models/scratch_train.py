@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SGD', 'Adam', 'jitter', 'draw_batches', 'train', 'scratch_cnn', 'save_network', 'load_network', 'ScratchPredictor']
 
-# %% ../../nbs/models/01b_scratch_train.ipynb #49ed443b
+# %% ../../nbs/models/01b_scratch_train.ipynb #31c3776c
 import time
 import zipfile
 import zlib
@@ -94,7 +94,7 @@ def _pairs(network):
         for name, g in layer.gradients.items():
             yield (number, name), layer.weights[name], g
 
-# %% ../../nbs/models/01b_scratch_train.ipynb #0a874de5
+# %% ../../nbs/models/01b_scratch_train.ipynb #4370726c
 def jitter(x, rng, *, shift_px: int = 2, contrast: float = 0.3, brightness: float = 0.15) -> np.ndarray:
     """Each image moved by whole pixels, with another contrast about its mean and another brightness.
 
