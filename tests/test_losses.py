@@ -124,6 +124,24 @@ def test_heat_map_equals_the_detector():
     assert float(heatmap_focal_loss(truth[..., 1:2], z[..., :1])) == pytest.approx(float(detection_loss(2, 1, weights=(1, 0, 0, 0))(truth, z)), rel=1e-5)
 
 
+def test_heat_map_by_hand():
+    """Other exponents, weights, and a map without a centre, which divides by 1."""
+    y, z, w = np.array([[[1.0], [0.6], [0.0], [1.0]], [[0.9], [0.2], [0.0], [0.0]]]), np.random.default_rng(14).normal(size=(2, 4, 1)), np.array([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    p = sigmoid(z)
+    each = np.where(y == 1, -(1 - p)**1.5 * np.log(p), -(1 - y)**3 * p**1.5 * np.log(1 - p))[..., 0] * w
+    assert float(heatmap_focal_loss(y, z, mask=w, gamma=1.5, fade=3.0)) == pytest.approx(each.sum(), rel=1e-12)
+    assert float(heatmap_focal_loss(y[1:], z[1:], gamma=1.5, fade=3.0)) == pytest.approx(each[1].sum(), rel=1e-12)
+    assert float(heatmap_focal_loss(y, z, gamma=1.5, fade=3.0, mask=w + [[0, 0, 1, 1], [0] * 4])) == pytest.approx((each.sum() + (
+        -(1 - p[0, 3, 0])**1.5 * np.log(p[0, 3, 0]) - p[0, 2, 0]**1.5 * np.log(1 - p[0, 2, 0]))) / 2, rel=1e-12)
+
+
+def test_only_the_ratio_of_weights_counts():
+    rng = np.random.default_rng(15)
+    y, z, w = rng.integers(0, 2, (6, 2)).astype(float), rng.normal(size=(6, 2)), rng.uniform(1, 2, 6)
+    for loss in (squared_error, cross_entropy, focal_loss, boundary_loss):
+        assert float(loss(y, z, mask=0.001 * w)) == pytest.approx(float(loss(y, z, mask=w)), rel=1e-12)
+
+
 # ---- by hand ---------------------------------------------------------------------------------------------------------------------
 def test_corn_is_the_likelihood_of_the_chain():
     """P(y = k) multiplied out patient by patient, and the head whose softmax gives it."""
