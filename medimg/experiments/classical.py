@@ -266,21 +266,16 @@ def out_of_fold(run: Run, cases: Cases, arm: str, seed: int) -> tuple:
         spent = {name: spent[name] + float(kept[f"_{name}"]) for name in spent}
     return answers, spent
 
-# %% ../../nbs/experiments/07_classical.ipynb #55bf25ed
+# %% ../../nbs/experiments/07_classical.ipynb #2f7c0c4d
 def _score(question):
     """Metric and name: AUC of a yes-or-no question, share of right kinds otherwise."""
     return (auc, "AUC") if question == "malignant" else (lambda y, p: accuracy(y, p.argmax(1)), "accuracy")
 
 
-def _seeds(run, arm):
-    """The two networks beside the headline are trained with the first seed only: they cost most of the time."""
-    return run.seeds[:1] if arm in ("resnet-planes", "cnn-rnn") else run.seeds
-
-
 def _judge(run, cases, reference):
     """Figures of one set of cases: each arm, and each arm against the `reference` network."""
     arms, figures = [arm for arm in (*METHODS, *cases.inputs) if arm in SIZES[run.profile].get("arms", (*METHODS, *NETWORKS))], {}
-    answers = {arm: [out_of_fold(run, cases, arm, seed) for seed in _seeds(run, arm)] for arm in arms}
+    answers = {arm: [out_of_fold(run, cases, arm, seed) for seed in run.seeds] for arm in arms}
     run.read_test((cases.name, sha256_of(cases.table.tobytes())), "every outer fold, once", model="all arms", metric="AUC, accuracy")
     times = {arm: round(sum(spent["cpu_s"] for _, spent in answers[arm]), 1) for arm in arms}
     for question, y in cases.truths.items():
