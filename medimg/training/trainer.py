@@ -471,7 +471,7 @@ def _is_best(run):
     scores = [sign * row[column] for row in run.history]
     return run.config.keep == "last" or len(scores) == 1 or scores[-1] > max(scores[:-1])
 
-# %% ../../nbs/training/02_trainer.ipynb #78d14b12
+# %% ../../nbs/training/02_trainer.ipynb #34b4fa2b
 def _stops_early(run):
     if not run.config.patience or not run.history:
         return False
@@ -480,7 +480,7 @@ def _stops_early(run):
     return len(run.history) - 1 - best >= run.config.patience
 
 
-def _loop(run, reporter):
+def _loop(run, reporter, on_epoch=None):
     """Epoch after epoch with a checkpoint behind each, until the plan is done."""
     if not run.checkpoint.exists():
         run.save()
@@ -489,6 +489,8 @@ def _loop(run, reporter):
             row = _epoch(run, reporter.advance)
             run.save()
             reporter.row(row, best=run.best_epoch == run.epoch)
+            if on_epoch:
+                on_epoch(dict(row))
         else:
             run.status = "finished" if run.epoch >= run.config.epochs else "stopped early"
             run.save()
@@ -573,8 +575,8 @@ class _Reporter:
         elif self.wanted:
             self.say(text)
 
-# %% ../../nbs/training/02_trainer.ipynb #221e6023
-def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, resume=True, metrics=None, about=None) -> RunRecord:
+# %% ../../nbs/training/02_trainer.ipynb #1ff3b1e5
+def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, resume=True, metrics=None, on_epoch=None, about=None) -> RunRecord:
     """Train a network, keep its best averaged weights, and leave a complete record in a folder.
 
     Killed at any moment, the same call goes on and ends with the same weights as if it had never stopped: bit for bit under the
@@ -598,6 +600,9 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         Go on where the folder's checkpoint ends; False starts over.
     metrics : dict of str to callable, optional
         `metric(y, p) -> float`, larger is better, y `(n,)`, p `(n, k)` in [0, 1]; default `{"auc": rank_auc}`.
+    on_epoch : callable, optional
+        `on_epoch(row)` with the history's new row, once its checkpoint is safe. What it raises ends this call, and the folder can be
+        resumed: a search stops a poor trial this way. Epochs that a resumed run finds done are not told again.
     about : dict, optional
         `name`, `model` and `model_options` for the record.
 
@@ -633,7 +638,7 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
     _open(run, reporter)
     try:
         with reporter:
-            _loop(run, reporter)
+            _loop(run, reporter, on_epoch)
     except KeyboardInterrupt:
         reporter.say(f"stopped; {run.epoch} of {config.epochs} epochs are safe in {out}: run the same command again to go on")
         raise
