@@ -12,11 +12,10 @@ import pytest
 from medimg import reproduction
 from medimg.errors import ConfigError, DatasetError
 from medimg.experiments import protocol
-from medimg.experiments.protocol import EXPERIMENTS, difference_figure, log_test_read, results_table, run_experiment, seeds_figure, store_result, stored_results
+from medimg.experiments.protocol import EXPERIMENTS, PARTS, difference_figure, log_test_read, results_table, run_experiment, seeds_figure, store_result, stored_results
 
 ROOT = checks.ROOT
-RESULTS = ROOT / "results" / "models.json"
-STORED = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+STORED = {name: r for part in PARTS if (path := ROOT / "results" / f"{part}.json").is_file() for name, r in stored_results(path).items()}
 
 
 def mean_of(y, p):
@@ -216,7 +215,7 @@ def test_each_experiment_has_a_function_and_a_page(name):
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
 def test_each_experiment_is_stored(name):
     r = STORED.get(name)
-    assert r, f"results/models.json has no {name}; remedy: medimg reproduce {name} --update"
+    assert r, f"results/{EXPERIMENTS[name].part}.json has no {name}; remedy: medimg reproduce {name} --update"
     assert r["profile"] == "full" and r["command"] == f"medimg reproduce {name}" and r["cpu_s"] > 0 and r["seeds"] and r["figures"]
     for key, f in r["figures"].items():
         assert math.isfinite(f["value"]), key
@@ -228,5 +227,8 @@ def test_each_experiment_is_stored(name):
 
 
 def test_the_package_carries_the_same_table():
-    assert (ROOT / "medimg" / "experiments" / "models.json").read_bytes() == RESULTS.read_bytes()
+    for part in PARTS:
+        results = ROOT / "results" / f"{part}.json"
+        assert not results.exists() or (ROOT / "medimg" / "experiments" / f"{part}.json").read_bytes() == results.read_bytes()
+        assert all(EXPERIMENTS[name].part == part for name in (stored_results(results) if results.exists() else ()))
     assert set(STORED) <= set(EXPERIMENTS), "results of experiments that are gone"
