@@ -20,8 +20,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from medimg.data.datasets import ImageDataset
 from medimg.data.preprocess import Preprocessor
 from medimg.errors import ConfigError, DatasetError, MedimgError
-from medimg.training.record import RunRecord, TrainConfig, environment, history_csv, load_checkpoint, save_checkpoint
-from medimg.training.trainer import TrainState, choose_threshold, fit, learning_rate_at, log_loss, make_loss, rank_auc
+from medimg.training.record import RunRecord, TrainConfig, environment, has_checkpoint, history_csv, latest_checkpoint, load_checkpoint, save_checkpoint
+from medimg.training.trainer import TrainState, by_patient, choose_threshold, fit, learning_rate_at, log_loss, make_loss, rank_auc
 
 CONFIG = TrainConfig(epochs=6, batch_size=16, learning_rate=3e-3, warmup_epochs=1, label_smoothing=0.1, class_weights=True, ema=0.9,
                      weight_decay=0.01, seed=3)
@@ -77,23 +77,23 @@ def start(out):
 def wait_for_epoch(out, epoch, process, limit_s=120):
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        if (Path(out) / "checkpoint.npz").exists() and load_checkpoint(Path(out) / "checkpoint.npz")[1]["epoch"] >= epoch:
+        if has_checkpoint(Path(out) / "checkpoint.npz") and latest_checkpoint(Path(out) / "checkpoint.npz")[1]["epoch"] >= epoch:
             return
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.02)
     raise AssertionError("the run did not get there in time")
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_kill_9_then_resume_is_bitwise_equal(tmp_path, uninterrupted, epoch):
-    process = start(tmp_path / "run")
+@pytest.mark.parametrize("point", range(10) if os.environ.get("MEDIMG_SOAK") else (1, 6))      # all ten: make soak
+def test_kill_9_then_resume_is_bitwise_equal(tmp_path, uninterrupted, point):
+    epoch, process = point // 2, start(tmp_path / "run")
     try:
         wait_for_epoch(tmp_path / "run", epoch, process)
-        time.sleep(random.Random(epoch).uniform(0, 0.3))
+        time.sleep(random.Random(point).uniform(0, 0.4))
     finally:
         process.kill()
         process.communicate()
-    facts = load_checkpoint(tmp_path / "run" / "checkpoint.npz")[1]
+    facts = latest_checkpoint(tmp_path / "run" / "checkpoint.npz")[1]
     assert facts["status"] == "running" and epoch <= facts["epoch"] < CONFIG.epochs
     record = toy_fit(tmp_path / "run", seed=77)          # other first weights: nothing of them may be left
     assert record.resumed == 1
@@ -176,6 +176,42 @@ def test_damaged_checkpoint_is_named_with_a_remedy(tmp_path, uninterrupted, dama
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_ends_the_same(tmp_path, uninterrupted, damage, capsys):
+    seen = []
+
+    def power_cut(row):
+        seen.append(row["epoch"])
+        if row["epoch"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_fit(tmp_path, on_epoch=power_cut)
+    now = tmp_path / "checkpoint.npz"
+    if damage == "cut":
+        now.write_bytes(now.read_bytes()[:5000])
+    else:                                       # killed between the two renames
+        now.unlink()
+    capsys.readouterr()
+    record = toy_fit(tmp_path, seed=5, on_epoch=power_cut_after(seen))
+    said = capsys.readouterr().err
+    assert ("damaged" in said and "one before" in said) == (damage == "cut") == (tmp_path / "checkpoint.damaged.npz").exists()
+    assert seen == [1, 2, 3, 4, 4, 5, 6] and record.resumed == 1
+    assert_same_arrays(uninterrupted[0], tmp_path)
+
+
+def power_cut_after(seen):
+    return lambda row: seen.append(row["epoch"])
+
+
+def test_history_is_on_disk_after_each_epoch(tmp_path):
+    def look(row):
+        rows = list(csv.DictReader(open(tmp_path / "history.csv")))
+        assert [int(r["epoch"]) for r in rows] == list(range(1, row["epoch"] + 1)) and float(rows[-1]["loss"]) == row["loss"]
+
+    toy_fit(tmp_path, replace(CONFIG, epochs=3), on_epoch=look)
+
+
 def test_checkpoint_holds_no_pickle(tmp_path):
     np.savez(tmp_path / "c.npz", facts=np.array([{"epoch": 1}], dtype=object))
     with pytest.raises(MedimgError, match="damaged"):
@@ -200,7 +236,8 @@ def test_another_run_in_the_folder_is_refused_by_name_and_fresh_starts_over(tmp_
             preprocessor=Preprocessor([("scale", {"low": 0, "high": 255})]), out=out, progress=False)
     record = toy_fit(out, replace(CONFIG, epochs=1, warmup_epochs=0), resume=False)
     assert len(record.history) == 1 and record.resumed == 0
-    (out / "checkpoint.npz").unlink()
+    for name in ("checkpoint.npz", "checkpoint.before.npz"):
+        (out / name).unlink()
     with pytest.raises(ConfigError, match="without its checkpoint"):
         toy_fit(out)
 
@@ -208,11 +245,68 @@ def test_another_run_in_the_folder_is_refused_by_name_and_fresh_starts_over(tmp_
 def test_nan_stops_with_the_last_good_weights(tmp_path):
     import keras
     wild = replace(CONFIG, learning_rate=99.0, weight_decay=5.0, clip_norm=0.0, warmup_epochs=0)
-    with pytest.raises(MedimgError, match=r"not finite in epoch \d+, batch \d+ of 5; .* kept; lower learning_rate") as caught:
+    with pytest.raises(MedimgError, match=r"not finite in epoch \d+, batch \d+ of 5 \(its 16 images: diverged.json\); .* kept; lower learning_rate") as caught:
         toy_fit(tmp_path / "run", wild)
     assert type(caught.value) is MedimgError and RunRecord.load(tmp_path / "run").status == "diverged"
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert all(np.isfinite(w).all() for w in model.get_weights())
+    facts = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert f"epoch {facts['epoch']}, batch {facts['batch']} of 5" in str(caught.value) and facts["input_is_finite"]
+
+
+def test_a_broken_image_is_found_in_the_batch_that_is_named(tmp_path):
+    data = toy_dataset()
+    bad = data.split("train").image_ids[7]
+
+    class Breaks:
+        """A preprocessor that makes NaN of one image, as a division by an empty image's range does."""
+
+        def __init__(self):
+            self.own = Preprocessor([("scale", {"low": 0, "high": 255})])
+            self.to_json = self.own.to_json
+
+        def batch(self, images):
+            x = self.own.batch(images)
+            x[(images == data.split("train").images[7]).all(axis=(1, 2))] = np.nan
+            return x
+
+    with pytest.raises(MedimgError, match=r"an input value is not finite in epoch 1, batch \d of 5.*diverged.json"):
+        fit(toy_network(), data, replace(CONFIG, augment=False), preprocessor=Breaks(), out=tmp_path, progress=False)
+    facts = json.loads((tmp_path / "diverged.json").read_text())
+    assert bad in facts["image_ids"] and len(facts["image_ids"]) == 16 and not facts["input_is_finite"]
+
+
+def test_patients_count_once():
+    rng = np.random.default_rng(0)
+    y, p, patients = rng.integers(0, 2, 60), rng.random((60, 2)), rng.integers(0, 9, 60).astype(str)
+    by_hand = {name: (y[patients == name].max(), p[patients == name].mean(axis=0)) for name in sorted(set(patients))}
+    got_y, got_p = by_patient(y, p, patients)
+    assert got_y.tolist() == [v[0] for v in by_hand.values()] and np.allclose(got_p, [v[1] for v in by_hand.values()])
+    labels, scores, _ = by_patient(np.eye(3, dtype=int)[[0, 1, 1]], np.ones((3, 3)), ["a", "a", "b"]) + (None,)
+    assert labels.tolist() == [[1, 1, 0], [0, 1, 0]] and scores.shape == (2, 3)
+
+
+def test_early_stopping_can_watch_patients(tmp_path):
+    data = toy_dataset()
+    with pytest.raises(DatasetError, match="no patient ids.*monitor auc"):
+        toy_fit(tmp_path / "a", replace(CONFIG, monitor="patient_auc"))
+    with pytest.raises(ConfigError, match="did you mean patient_auc"):
+        toy_fit(tmp_path / "a", replace(CONFIG, monitor="patient_auk"))
+    patients = np.array([f"P{i // 4}" for i in range(len(data))])           # train and val lie within patients here: fit does not split
+    record = toy_fit(tmp_path / "b", replace(CONFIG, epochs=2, monitor="patient_auc"), dataset=replace(data, patient_ids=patients))
+    assert set(record.metrics) == {"loss", "auc", "patient_auc"} and record.history[0]["val_patient_auc"] >= 0
+
+
+def test_the_average_of_a_resting_weight_is_that_weight():
+    network = toy_network()
+    for layer in network.layers[:4]:
+        layer.trainable = False
+    state, rng = TrainState(network, CONFIG, make_loss("binary")), np.random.default_rng(0)
+    frozen = [i for i, w in enumerate(network.weights) if any(w is v for layer in network.layers[:4] for v in layer.weights)]
+    before = [network.get_weights()[i] for i in frozen]
+    for number in range(20):
+        state.step(rng.random((8, 16, 16, 1), np.float32), np.arange(8, dtype=np.int32) % 2, number, 1e-2)
+    assert frozen and all(np.array_equal(state.average[i].numpy(), w) for i, w in zip(frozen, before))
 
 
 def test_early_stopping_counts_epochs_without_a_better_value(tmp_path):

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['train_steps']
 
-# %% ../../nbs/training/02c_loop.ipynb #ac213ca7
+# %% ../../nbs/training/02c_loop.ipynb #20505b79
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..config import sha256_of
 from ..errors import ConfigError, MedimgError
-from .record import TrainConfig, load_checkpoint, save_checkpoint
+from .record import TrainConfig, has_checkpoint, latest_checkpoint, save_checkpoint
 from .trainer import TrainState, _in_notebook, learning_rate_at
 
 
@@ -33,19 +34,20 @@ class _Steps:
     def save(self):
         if self.out:
             facts = {"step": self.step, "history": self.history, "spent": self.clock(), "plan": self.plan}
-            save_checkpoint(self.out, self.state.arrays(), facts)
+            save_checkpoint(self.out, self.state.arrays(), facts, keep_before=True)
 
     def load(self):
         """Go on where the checkpoint ends, if there is one of this very plan."""
-        if not self.out or not self.out.exists():
-            return
-        arrays, facts = load_checkpoint(self.out)
+        if not self.out or not has_checkpoint(self.out):
+            return None
+        arrays, facts, note = latest_checkpoint(self.out)
         if differs := sorted(k for k in self.plan if facts["plan"].get(k) != self.plan[k]):
             raise ConfigError(f"the folder holds another run (other {', '.join(differs)})", path=self.out.parent, remedy="give another folder, or delete this one")
         self.state.load(arrays)
         self.step, self.history, self.spent = facts["step"], facts["history"], tuple(facts["spent"])
+        return note
 
-# %% ../../nbs/training/02c_loop.ipynb #4d35ecf1
+# %% ../../nbs/training/02c_loop.ipynb #3e613cc6
 def train_steps(model, draw, loss, *, steps: int, config: TrainConfig | None = None, warmup: int | None = None, scales=None, out=None,
                 save_every: int = 200, progress: bool = True) -> list:
     """Train a network for a number of steps on batches that are drawn by step number; killed, the same call goes on where it was.
@@ -99,7 +101,8 @@ def train_steps(model, draw, loss, *, steps: int, config: TrainConfig | None = N
     config = config or TrainConfig()
     warmup = max(1, steps // 20) if warmup is None else warmup
     run = _Steps(TrainState(model, config, loss, scales), _plan(model, config, steps, warmup, scales, save_every), out)
-    run.load()
+    if note := run.load():
+        print(f"medimg: {note}", file=sys.stderr)
     with ThreadPoolExecutor(1) as pool:
         _loop(run, pool, draw, _Report(steps, progress))
     model.set_weights([a.numpy() for a in run.state.average])
@@ -136,12 +139,11 @@ def _loop(run, pool, draw, report):
             run.save()
     report.close()
 
-# %% ../../nbs/training/02c_loop.ipynb #8295f453
+# %% ../../nbs/training/02c_loop.ipynb #f7b2ce19
 class _Report:
     """A rich bar in a terminal, ten lines elsewhere, nothing when not wanted."""
 
     def __init__(self, steps, wanted):
-        import sys
         self.steps, self.wanted, self.last, self.bar = steps, wanted, -1, None
         self.stream = sys.stdout if _in_notebook() else sys.stderr
         if wanted and not _in_notebook() and sys.stderr.isatty():
