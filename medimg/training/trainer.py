@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'make_loss', 'log_loss', 'rank_auc', 'by_patient', 'choose_threshold', 'TrainState', 'fit']
 
-# %% ../../nbs/training/02_trainer.ipynb #b0748294
+# %% ../../nbs/training/02_trainer.ipynb #784f1308
 import contextlib
 import hashlib
 import json
@@ -21,6 +21,8 @@ from ..config import atomic_path, write_atomic
 from ..data.pipeline import augment_batch, batches, epoch_order, to_tensors
 from ..errors import ConfigError, DatasetError, MedimgError, nearest
 from .record import RunRecord, TrainConfig, environment, has_checkpoint, history_csv, latest_checkpoint, save_checkpoint
+from .fused_norm import fused_norms
+from .watch import LivePlot, write_events
 
 
 def learning_rate_at(step: int, *, total: int, warmup: int, peak: float) -> float:
@@ -315,7 +317,7 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #51bea931
+# %% ../../nbs/training/02_trainer.ipynb #5abc6e58
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
@@ -345,7 +347,7 @@ def _graph_of_step(state, loss, scales):
     @tf.function(reduce_retracing=True)
     def step(x, y, rate, decay):
         optimizer.learning_rate.assign(rate)
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape, fused_norms(model):
             value = loss(y, model(x, training=True))
             total = tf.add_n([value, *model.losses])
         gradients = tape.gradient(total, [v.value for v in model.trainable_variables])
@@ -533,7 +535,7 @@ def _is_best(run):
     scores = [sign * row[column] for row in run.history]
     return run.config.keep == "last" or len(scores) == 1 or scores[-1] > max(scores[:-1])
 
-# %% ../../nbs/training/02_trainer.ipynb #90197ec6
+# %% ../../nbs/training/02_trainer.ipynb #e940ff1a
 def _stops_early(run):
     if not run.config.patience or not run.history:
         return False
@@ -542,7 +544,7 @@ def _stops_early(run):
     return len(run.history) - 1 - best >= run.config.patience
 
 
-def _loop(run, reporter, on_epoch=None):
+def _loop(run, reporter, told=()):
     """Epoch after epoch with a checkpoint behind each, until the plan is done."""
     if not has_checkpoint(run.checkpoint):
         run.save()
@@ -551,8 +553,8 @@ def _loop(run, reporter, on_epoch=None):
             row = _epoch(run, reporter.advance)
             run.save()
             reporter.row(row, best=run.best_epoch == run.epoch)
-            if on_epoch:
-                on_epoch(dict(row))
+            for tell in told:
+                tell(dict(row))
         else:
             run.status = "finished" if run.epoch >= run.config.epochs else "stopped early"
             run.save()
@@ -590,7 +592,7 @@ def _dataset_facts(run):
     counts = {"n_train": len(run.train), "n_val": len(run.val)}
     return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | counts
 
-# %% ../../nbs/training/02_trainer.ipynb #168cc999
+# %% ../../nbs/training/02_trainer.ipynb #4a88da9b
 def _in_notebook():
     """Whether this code runs in a notebook's kernel (and not only in a program that has loaded one)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -598,10 +600,13 @@ def _in_notebook():
 
 
 class _Reporter:
-    """Live progress: a rich bar in a terminal, one line an epoch in a notebook or a log, nothing when not wanted."""
+    """Live progress: a rich bar in a terminal, one line an epoch (or the curves) in a notebook or a log, nothing when not wanted."""
 
     def __init__(self, run, wanted):
+        if wanted not in (True, False, "plot"):
+            raise ConfigError(f"progress = {wanted!r}", remedy='give True, False or "plot"')
         self.run, self.notebook = run, _in_notebook()
+        self.plot = LivePlot(run.config.monitor) if wanted == "plot" and self.notebook else None
         self.wanted, self.bar, self.shown = wanted, None, ""
         if wanted and not self.notebook and sys.stderr.isatty():
             from rich.console import Console
@@ -634,11 +639,14 @@ class _Reporter:
         self.shown = f"  val {self.run.config.monitor} {row['val_' + self.run.config.monitor]:.4f}"
         if self.bar:
             self.bar.console.print(text, highlight=False)
+        elif self.plot:
+            self.plot(self.run.history)
         elif self.wanted:
             self.say(text)
 
-# %% ../../nbs/training/02_trainer.ipynb #a59427d8
-def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, resume=True, metrics=None, on_epoch=None, about=None) -> RunRecord:
+# %% ../../nbs/training/02_trainer.ipynb #5b8a1e5a
+def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, tensorboard=False, resume=True, metrics=None,
+        on_epoch=None, about=None) -> RunRecord:
     """Train a network, keep its best averaged weights, and leave a complete record in a folder.
 
     Killed at any moment, the same call goes on and ends with the same weights as if it had never stopped: bit for bit under the
@@ -656,8 +664,10 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         From grey values 0 … 255 to the network's input; saved with the run.
     out : str or Path
         The run's folder: `run.json`, `history.csv`, `model.keras`, `preprocess.json`, `training_ids.txt`, `checkpoint.npz`.
-    progress : bool
-        Show a live bar (terminal) or one line an epoch (notebook, log).
+    progress : bool or "plot"
+        Show a live bar (terminal) or one line an epoch (notebook, log); `"plot"`: in a notebook the learning curves, redrawn in their place.
+    tensorboard : bool
+        Keep a TensorBoard event file in `tensorboard/` of the folder.
     resume : bool
         Go on where the folder's checkpoint ends; False starts over.
     metrics : dict of str to callable, optional
@@ -695,11 +705,13 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
     tf.config.experimental.enable_op_determinism()
     _check_folder(Path(out), resume)
     run = _Run(model, dataset, config, preprocessor, out, metrics)
-    reporter = _Reporter(run, progress)
+    reporter, told = _Reporter(run, progress), [on_epoch] if on_epoch else []
+    if tensorboard:
+        told.insert(0, lambda row: write_events(run.out / "tensorboard", run.history))
     _open(run, reporter)
     try:
         with reporter:
-            _loop(run, reporter, on_epoch)
+            _loop(run, reporter, told)
     except KeyboardInterrupt:
         reporter.say(f"stopped; {run.epoch} of {config.epochs} epochs are safe in {out}: run the same command again to go on")
         raise
