@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'make_loss', 'log_loss', 'rank_auc', 'choose_threshold', 'TrainState', 'fit']
 
-# %% ../../nbs/training/02_trainer.ipynb #1f5cd9b3
+# %% ../../nbs/training/02_trainer.ipynb #465d84b1
 import contextlib
 import hashlib
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from ..config import atomic_path, write_atomic
 from ..data.pipeline import augment_batch, batches, to_tensors
 from ..errors import ConfigError, DatasetError, MedimgError, nearest
-from .record import RunRecord, TrainConfig, environment, history_csv, load_checkpoint, save_checkpoint
+from .record import RunRecord, TrainConfig, data_hashes, environment, history_csv, load_checkpoint, save_checkpoint
 
 
 def learning_rate_at(step: int, *, total: int, warmup: int, peak: float) -> float:
@@ -495,7 +495,7 @@ def _loop(run, reporter, on_epoch=None):
             run.status = "finished" if run.epoch >= run.config.epochs else "stopped early"
             run.save()
 
-# %% ../../nbs/training/02_trainer.ipynb #0957b41b
+# %% ../../nbs/training/02_trainer.ipynb #acfce6a4
 def _finish(run, about):
     """Write the run's files from its best weights and return the record."""
     run.model.set_weights(run.best)
@@ -526,7 +526,7 @@ def _threshold(run, variants=8):
 
 def _dataset_facts(run):
     counts = {"n_train": len(run.train), "n_val": len(run.val)}
-    return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | counts
+    return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | data_hashes(run.dataset) | counts
 
 # %% ../../nbs/training/02_trainer.ipynb #168cc999
 def _in_notebook():
