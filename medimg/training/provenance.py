@@ -139,14 +139,22 @@ def _short(value):
 def _listed(names, most=3):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../../nbs/training/06_provenance.ipynb #50639bac
+# %% ../../nbs/training/06_provenance.ipynb #eeb0e22a
 def _both(there, here, key):
     """The values of a key in two dictionaries when both know it and they differ, else None."""
     a, b = there.get(key), here.get(key)
     return (a, b) if a is not None and b is not None and a != b else None
 
 
+def _each(old, new):
+    """(name, pair of values) of what two tables both know and do not agree on."""
+    shared = sorted((old or {}).keys() & (new or {}).keys())
+    return [(name, (old[name], new[name])) for name in shared if old[name] != new[name]]
+
+
 def _data_differences(there, here):
+    for name, pair in _each(there.get("checksums"), here.get("checksums")):         # an experiment's data sets
+        yield Difference("data", f"checksum of {name}", *pair)
     old, new = ({"checksum": (f.get("fingerprint") or {}).get("data"), **(f.get("dataset") or {})} for f in (there, here))
     old_sum, new_sum = old["checksum"] or "", new["checksum"] or ""
     if not old_sum or not new_sum or old_sum[:16] == new_sum[:16]:
