@@ -212,23 +212,24 @@ def _setting_differences(there, here):
             values = [(name, old.get(name, base.get(name)), new.get(name, base.get(name))) for name in sorted(old.keys() | new.keys())]
             yield from (Difference("config", name, a, b) for name, a, b in values if a != b and name != "seed")
 
-# %% ../../nbs/training/06_provenance.ipynb #cc9f84ba
+# %% ../../nbs/training/06_provenance.ipynb #42696671
 def _code_differences(there, here):
     old, new = there.get("modules") or {}, here.get("modules") or {}
     commits = there.get("code_commit"), here.get("code_commit")
     if shared := old.keys() & new.keys():
         if other := sorted(name for name in shared if old[name] != new[name]):
             yield Difference("code", "code", *commits, f"other code in {_listed(other)}")
-    elif all(commits) and (commits[0] != commits[1] or commits[0].endswith("+changes")):
+    elif all(commits) and commits[0] != commits[1]:
         yield Difference("code", "code", *commits, "which modules differ was not kept")
+    elif all(commits) and commits[0].endswith("+changes"):
+        yield Difference("code", "code", *commits, "whether these are the same changes was not kept")
 
 
 def _package_differences(there, here):
     old, new = there.get("versions") or {}, here.get("versions") or {}
-    if old and new:
-        for name in sorted(old.keys() | new.keys(), key=lambda name: ({"tensorflow": 0, "keras": 1, "numpy": 2}.get(name, 3), name)):
-            if old.get(name) != new.get(name):
-                yield Difference("package", name, old.get(name), new.get(name))
+    first = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
+    for name, pair in sorted(_each(old, new), key=lambda item: first.index(item[0]) if item[0] in first else len(first)):
+        yield Difference("package", name, *pair)
     if pair := _both(there, here, "lock_sha256"):
         yield Difference("lock", "lock file", *pair)
 

@@ -130,7 +130,7 @@ def _check_config(config):
     if config.warmup_epochs >= config.epochs and config.warmup_epochs > 1:
         raise ConfigError(f"warmup_epochs = {config.warmup_epochs:g} leaves nothing of {config.epochs} epochs", remedy="shorten the warm-up")
 
-# %% ../../nbs/training/02a_record.ipynb #03c1e208
+# %% ../../nbs/training/02a_record.ipynb #eb5a0d0b
 _PACKAGES = ("medimg", "numpy", "tensorflow", "tensorflow-cpu", "keras", "opencv-python-headless", "scipy", "pydicom")
 
 
@@ -140,7 +140,7 @@ def environment() -> dict:
     Returns
     -------
     dict
-        `versions` (package to version); `machine` (processor model, number of its instruction-set flags and their hash, the `simd` ones
+        `versions` (package to version, None for one that is not installed); `machine` (processor model, number of its instruction-set flags and their hash, the `simd` ones
         by name, cores, TensorFlow's `threads` once it is loaded, and those environment variables of `settings` that are set);
         `code_commit` (with `+changes` when the code of the working copy differs; None outside a checkout), `code_changed` (bool or
         None), `code_diff_sha256` (of that difference, or None), `modules` (see `module_hashes`), `lock_sha256` (or None).
@@ -157,7 +157,7 @@ def environment() -> dict:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            versions[name] = None
     return {"versions": versions, "machine": _machine(), **_code(), "modules": module_hashes(), "lock_sha256": _lock_sha256()}
 
 # %% ../../nbs/training/02a_record.ipynb #075b906c
