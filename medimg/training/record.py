@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'environment', 'module_hashes', 'data_hashes', 'RunRecord', 'history_csv', 'save_checkpoint',
            'load_checkpoint']
 
-# %% ../../nbs/training/02a_record.ipynb #9580d94f
+# %% ../../nbs/training/02a_record.ipynb #4b1bbe6c
 import ast
 import csv
 import io
@@ -16,7 +16,7 @@ import platform
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -179,11 +179,11 @@ def _machine():
     return found | {"architecture": platform.machine(), "cores": cores, "threads": threads, "system": platform.system(),
                     "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ}}
 
-# %% ../../nbs/training/02a_record.ipynb #d77387b3
+# %% ../../nbs/training/02a_record.ipynb #d5161892
 _BYSTANDERS = {"_modidx", "cli", "demo", "course", "plots", "errors"}       # what they do is no part of a result
 
 
-@lru_cache(maxsize=None)
+@cache
 def _code_sha256(path, changed_ns):
     """Hash of a module's lines without docstrings, comments and empty ones; the same in every version of Python."""
     text = Path(path).read_text(encoding="utf-8")
