@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['verdict', 'reproduce', 'reproducible', 'shipped_result']
 
-# %% ../nbs/foundations/reproduction.ipynb #5cabf414
+# %% ../nbs/foundations/reproduction.ipynb #4ea80fdd
 from pathlib import Path
 
 from .config import RESEARCH_USE, write_atomic
@@ -18,33 +18,37 @@ def verdict(new: dict, old: dict | None) -> str:
     Parameters
     ----------
     new, old : dict
-        With `metrics` (name → `value, low, high`; None where not defined) and `fingerprint` (part → hash); `old` may be None. A figure without
-        an interval counts for "same" only.
+        With `metrics` (name → `value, low, high`; None where not defined) and what `medimg.training.provenance.causes` compares; `old` may
+        be None. A figure without an interval counts for "same" only.
 
     Returns
     -------
     str
-        `"first"`, `"same"`, `"within the stated interval"` or `"different: …"` with the parts that changed.
+        `"first"`, `"same"`, `"within the stated interval"` (followed by what differs, in brackets) or `"different, because …"`.
 
     Examples
     --------
-    >>> m = {"metrics": {"auc": {"value": 0.90, "low": 0.85, "high": 0.94}}, "fingerprint": {"data": "a"}}
-    >>> verdict({"metrics": {"auc": {"value": 0.91}}, "fingerprint": {"data": "a"}}, m)
-    'within the stated interval'
+    >>> m = {"metrics": {"auc": {"value": 0.90, "low": 0.85, "high": 0.94}}, "versions": {"tensorflow": "2.20.0"}}
+    >>> verdict({"metrics": {"auc": {"value": 0.91}}, "versions": {"tensorflow": "2.21.0"}}, m)
+    'within the stated interval (what differs: tensorflow 2.20.0 there, 2.21.0 here)'
     """
+    from medimg.training.provenance import because, causes
     if not old or not old.get("metrics"):
         return "first"
-    if missing := sorted(set(old["metrics"]) - set(new["metrics"])):
-        return f"different: no {', '.join(missing)} any more"
+    found, missing = causes(new, old), sorted(set(old["metrics"]) - set(new["metrics"]))
+    if missing:
+        return f"different, because {because([f'no {_and(missing)} any more', *found])}"
     pairs = [(new["metrics"][k]["value"], e) for k, e in old["metrics"].items()]
     if all(_lies(value, e["value"], e["value"], 1e-6) for value, e in pairs):
         return "same"
     stated = [(value, e) for value, e in pairs if e.get("low") is not None or e["value"] is None]
     if stated and all(_lies(value, e.get("low"), e.get("high")) for value, e in stated):
-        return "within the stated interval"
-    mine, theirs = new.get("fingerprint") or {}, old.get("fingerprint") or {}
-    changed = [part for part in sorted(set(mine) | set(theirs)) if mine.get(part) != theirs.get(part)]
-    return f"different: {', '.join(changed) if changed else 'none of config, data, model and preprocessing changed; look at versions and machine'}"
+        return "within the stated interval" + (f" (what differs: {because(found)})" if found else "")
+    return f"different, because {because(found) or 'of something that was not recorded in both'}"
+
+
+def _and(names):
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def _lies(value, low, high, slack=0.0):
@@ -53,7 +57,7 @@ def _lies(value, low, high, slack=0.0):
         return value is low
     return low - slack <= value <= high + slack
 
-# %% ../nbs/foundations/reproduction.ipynb #889f069b
+# %% ../nbs/foundations/reproduction.ipynb #977f7fe6
 def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real", seed: int | None = None, n: int | None = None, update: bool = False,
               progress: bool = True, log=None, seeds=None) -> dict:
     """Make a shipped bundle or the figures of an experiment again, and compare with what is stored.
@@ -78,8 +82,8 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
     Returns
     -------
     dict
-        The result: recipe, metrics with intervals, fingerprint, versions, `verdict`, `bundle` (its digest); for an experiment what
-        `run_experiment` returns, and the `verdict`.
+        The result: recipe, metrics with intervals, what they depend on, `verdict`, `causes` (everything that differs from the stored result,
+        in words), `bundle` (its digest); for an experiment what `run_experiment` returns, `verdict` and `causes`.
 
     Raises
     ------
@@ -106,14 +110,34 @@ def reproduce(name: str, *, out=None, profile: str = "full", data: str = "real",
     shipped = shipped_result(name)
     result = {"name": name, "command": f"medimg reproduce {name}", "profile": profile, "seed": run.seed, "dataset": run.dataset, "metrics": tested["metrics"],
               "n_test": tested["n"], "interval": tested["interval"], "threshold": run.threshold, "validation": run.metrics, "epochs": len(run.history),
-              "wall_s": round(run.wall_s, 1), "fingerprint": run.fingerprint, "code_commit": run.code_commit, "lock_sha256": run.lock_sha256,
-              "versions": run.versions, "machine": run.machine, "bundle": {"version": r.version, "digest": bundle.manifest["digest"]},
-              "test_reads": tested["test_reads"], "research_use": RESEARCH_USE}
-    result["verdict"] = verdict(result, shipped)
+              "wall_s": round(run.wall_s, 1), **{key: getattr(run, key) for key in _DEPENDS_ON},
+              "bundle": {"version": r.version, "digest": bundle.manifest["digest"]}, "test_reads": tested["test_reads"], "research_use": RESEARCH_USE}
+    result |= _judged(result, shipped, _ids(out / "run"), _ids(_shipped() / name))
     _save(result, out / "result.json")
     if home:
         _ship(result, out / "bundle", home)
     return result
+
+# %% ../nbs/foundations/reproduction.ipynb #cb504e48
+_DEPENDS_ON = ("config", "model", "model_options", "fingerprint", "code_commit", "code_changed", "code_diff_sha256", "modules", "lock_sha256", "versions", "machine")
+
+
+def _judged(new, old, new_ids=None, old_ids=None):
+    """`verdict` and `causes` of a result."""
+    from medimg.training.provenance import causes
+    new, old = {**new, "training_ids": new_ids}, old and {**old, "training_ids": old_ids}
+    return {"verdict": verdict(new, old), "causes": [str(cause) for cause in causes(new, old)] if old else []}
+
+
+def _shipped():
+    from importlib.resources import files
+    return files("medimg") / "bundles"
+
+
+def _ids(folder):
+    """Ids of the training images that a run or bundle keeps, None where it does not."""
+    file = folder / "training_ids.txt"
+    return file.read_text(encoding="utf-8").split() if file.is_file() else None
 
 # %% ../nbs/foundations/reproduction.ipynb #17005b94
 def _dataset(r, data, profile, n, progress):
@@ -134,7 +158,7 @@ def _checked_update(r, profile, data, seed, n):
         raise ConfigError("update ships only the whole recipe", remedy="leave profile full, data real, and seed and n at their defaults")
     return _checkout()
 
-# %% ../nbs/foundations/reproduction.ipynb #fd9599e7
+# %% ../nbs/foundations/reproduction.ipynb #ac5e789c
 def reproducible() -> list:
     """(name, about) of everything that `reproduce` can make again: bundles first, then experiments with their minutes of one core.
 
@@ -168,7 +192,7 @@ def _experiment(name, *, update, log, progress, **settings):
     settings["data"] = "auto" if settings["data"] == "real" and settings["profile"] != "full" else settings["data"]
     result = run_experiment(name, ledger=home / "results" / "test_reads.jsonl" if home else log, progress=progress, **settings)
     old = stored_results().get(name)
-    result["verdict"] = verdict({"metrics": result["figures"]}, {"metrics": old["figures"]} if old else None)
+    result |= _judged({**result, "metrics": result["figures"]}, old and {**old, "metrics": old["figures"]})
     _save(result, Path(settings["out"] or Path("runs") / "reproduce" / name) / "result.json")
     if home:
         store_result(result, home)
@@ -204,14 +228,14 @@ def _calibrated(network, pre, val, run):
     cut = np.log(run.threshold / (1 - run.threshold))
     return fit, {run.classes[1]: float(probabilities(np.array([[cut]]), task="binary", temperature=fit["temperature"])[0, 1])}
 
-# %% ../nbs/foundations/reproduction.ipynb #a4036233
+# %% ../nbs/foundations/reproduction.ipynb #d6cb2ba6
 def _save(result, path):
     import json
     write_atomic(path, json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def shipped_result(name: str) -> dict | None:
-    """The result behind a shipped bundle: `metrics`, `fingerprint`, `versions`, `bundle`; None when there is none.
+    """The result behind a shipped bundle, `metrics`, `bundle` and what they depend on; None when there is none.
 
     Parameters
     ----------
@@ -228,8 +252,7 @@ def shipped_result(name: str) -> dict | None:
     True
     """
     import json
-    from importlib.resources import files
-    path = files("medimg") / "bundles" / f"{name}.json"
+    path = _shipped() / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -244,7 +267,7 @@ def _ship(result, bundle, home):
     """Put the bundle beside the others in the package, its result beside it and into results/, and renew the digests."""
     from medimg.deployment.bundle import update_index
     _swap(bundle, home / "medimg" / "bundles" / result["name"])
-    kept = {k: result[k] for k in ("name", "metrics", "fingerprint", "versions", "bundle")}
+    kept = {k: result[k] for k in ("name", "profile", "seed", "dataset", "metrics", "bundle", *_DEPENDS_ON)}
     _save(kept, home / "medimg" / "bundles" / f"{result['name']}.json")
     _save(result, home / "results" / f"{result['name']}.json")
     update_index()

@@ -105,9 +105,10 @@ def test_metrics_text_tells_what_is_not_defined_and_how_intervals_were_made():
 def test_verdict_with_missing_and_undefined_metrics():
     old = {"metrics": RESULT["metrics"]}
     assert reproduction.verdict(old, old) == "same"
-    assert reproduction.verdict({"metrics": {}}, old) == "different: no auc, npv, ppv any more"
+    assert reproduction.verdict({"metrics": {}}, old) == "different, because no auc, npv and ppv any more"
+    assert reproduction.verdict({"metrics": {}, "seed": 1}, old | {"seed": 0}) == "different, because no auc, npv and ppv any more; seed 0 there, 1 here"
     defined = {"metrics": {**RESULT["metrics"], "npv": {"value": 0.5, "low": 0.1, "high": 0.9}}}
-    assert reproduction.verdict(defined, old).startswith("different") and reproduction.verdict(old, defined).startswith("different")
+    assert reproduction.verdict(defined, old) == reproduction.verdict(old, defined) == "different, because of something that was not recorded in both"
 
 
 def test_reproduce_refuses_other_data_and_partial_updates(tmp_path):

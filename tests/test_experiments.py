@@ -188,9 +188,21 @@ def test_reproduce_compares_with_what_is_stored(toy, tmp_path, monkeypatch):
     assert reproduction.reproduce("toy", **settings)["verdict"] == "same"
     monkeypatch.setattr(protocol, "stored_results", lambda path=None: {"toy": {"figures": {"mean": {"value": 14.0, "low": 13.0, "high": 15.0}}}})
     assert reproduction.reproduce("toy", **settings)["verdict"] == "within the stated interval"
-    monkeypatch.setattr(protocol, "stored_results", lambda path=None: {"toy": {"figures": {"mean": {"value": 9.0, "low": 8.0, "high": 10.0}}}})
-    assert reproduction.reproduce("toy", **settings)["verdict"].startswith("different")
-    assert json.loads((tmp_path / "result.json").read_text())["verdict"].startswith("different")
+    elsewhere = {"figures": {"mean": {"value": 9.0, "low": 8.0, "high": 10.0}}, "profile": "full", "seeds": [0], "checksums": {"toy-data": "decade"}}
+    monkeypatch.setattr(protocol, "stored_results", lambda path=None: {"toy": elsewhere})
+    assert reproduction.reproduce("toy", **settings)["verdict"] == "different, because checksum of toy-data decade there, c0ffee here; profile full there, ci here"
+    assert json.loads((tmp_path / "result.json").read_text())["causes"] == ["checksum of toy-data decade there, c0ffee here", "profile full there, ci here"]
+
+
+def test_an_experiment_keeps_the_code_it_used_and_other_code_is_named(toy, tmp_path, monkeypatch):
+    """A constant of an experiment's module is part of its plan: with another one, the module is named."""
+    made = reproduction.reproduce("toy", out=tmp_path, profile="ci", progress=False)
+    assert made["modules"].keys() >= {"experiments.protocol", "evaluation.metrics", "training.record"} and made["checksums"] == {"toy-data": "c0ffee"}
+    mean = {"value": 9.0, "low": 8.0, "high": 10.0}
+    stored = made | {"figures": {"mean": mean}, "modules": made["modules"] | {"evaluation.metrics": "0" * 16}}
+    monkeypatch.setattr(protocol, "stored_results", lambda path=None: {"toy": stored})
+    again = reproduction.reproduce("toy", out=tmp_path, profile="ci", progress=False)
+    assert again["verdict"].startswith("different, because code ") and again["verdict"].endswith("(other code in evaluation.metrics)") and len(again["causes"]) == 1
 
 
 @pytest.mark.parametrize("name, settings, said", [

@@ -162,7 +162,7 @@ def test_record_round_trip_and_privacy(uninterrupted):
         assert not secret or f"{secret}" not in text or len(secret) < 4, secret
     assert record.dataset["checksum"] == toy_dataset().checksum and record.versions["numpy"] == np.__version__
     assert record.machine["cores"] >= 1 and record.research_use == "research use, not a medical device"
-    assert set(environment()) == {"versions", "machine", "code_commit", "lock_sha256"}
+    assert set(environment()) == {"versions", "machine", "code_commit", "code_changed", "code_diff_sha256", "modules", "lock_sha256"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "empty", "text"])

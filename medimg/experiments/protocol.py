@@ -258,7 +258,7 @@ def _checksum_in(text):
     except (ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/experiments/00_protocol.ipynb #6acfbd98
+# %% ../../nbs/experiments/00_protocol.ipynb #00545f2c
 @dataclass
 class Run:
     """What an experiment is given.
@@ -294,6 +294,7 @@ class Run:
     progress: bool = True
     ledger: Path | None = None
     reads: dict = field(default_factory=dict)    # dataset and fold -> looks so far
+    checksums: dict = field(default_factory=dict)    # dataset -> checksum, of those that were looked at
 
     def say(self, text: str) -> None:
         """Print `text` on stderr, when progress is wanted."""
@@ -305,6 +306,7 @@ class Run:
         """Log a look at the fold `split` of `dataset` (an ImageDataset, or a pair of name and checksum) by a `model` for a `metric`; call it right before the look."""
         name, checksum = dataset if isinstance(dataset, tuple) else (dataset.name, dataset.checksum)
         facts = {"model": model or self.name, "version": None, "metric": metric}
+        self.checksums[name] = checksum
         self.reads[f"{name} {split}"] = log_test_read(self.ledger or self.out / "test_reads.jsonl", dataset=name, checksum=checksum, split=split, **facts)
 
 
@@ -355,7 +357,7 @@ EXPERIMENTS = dict((
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
 ))
 
-# %% ../../nbs/experiments/00_protocol.ipynb #d569f413
+# %% ../../nbs/experiments/00_protocol.ipynb #611711d4
 def run_experiment(name: str, *, out=None, profile: str = "full", seeds=None, data: str = "auto", ledger=None, progress: bool = True) -> dict:
     """Run an experiment and return its figures with everything that they depend on.
 
@@ -379,7 +381,8 @@ def run_experiment(name: str, *, out=None, profile: str = "full", seeds=None, da
     Returns
     -------
     dict
-        `name`, `command`, `profile`, `seeds`, `figures`, `about`, `wall_s` and `cpu_s` of this call, `test_reads`, `code_commit`, `versions`, `machine`.
+        `name`, `command`, `profile`, `seeds`, `figures`, `about`, `wall_s` and `cpu_s` of this call, `test_reads`, `checksums` (of each data set
+        whose test fold was looked at), and what `medimg.training.record.environment` says; its `modules` are those that the experiment used.
 
     Raises
     ------
@@ -392,7 +395,7 @@ def run_experiment(name: str, *, out=None, profile: str = "full", seeds=None, da
     Traceback (most recent call last):
     medimg.errors.ConfigError: no experiment called 'deep-vs-classicle'; did you mean deep-vs-classical?
     """
-    from medimg.training.record import environment
+    from medimg.training.record import environment, module_hashes
     if name not in EXPERIMENTS:
         raise ConfigError(f"no experiment called {name!r}", remedy=nearest(name, EXPERIMENTS))
     profile_of(profile)
@@ -400,9 +403,9 @@ def run_experiment(name: str, *, out=None, profile: str = "full", seeds=None, da
     run = Run(name, Path(out or Path("runs") / "reproduce" / name), profile, seeds, data, progress, ledger and Path(ledger))
     clock, before = Clock(), environment()
     made = EXPERIMENTS[name].function()(run)
-    facts = {"code_commit": before["code_commit"], "lock_sha256": before["lock_sha256"], "versions": before["versions"], "machine": before["machine"]}
+    facts = {**before, "machine": environment()["machine"], "modules": module_hashes()}         # only now are TensorFlow and all modules loaded
     return {"name": name, "command": f"medimg reproduce {name}", "question": EXPERIMENTS[name].about, "profile": profile, "seeds": list(seeds),
-            "figures": made["figures"], "about": made.get("about", {}), **clock.facts(), "test_reads": run.reads, **facts, "research_use": RESEARCH_USE}
+            "figures": made["figures"], "about": made.get("about", {}), **clock.facts(), "test_reads": run.reads, "checksums": run.checksums, **facts, "research_use": RESEARCH_USE}
 
 # %% ../../nbs/experiments/00_protocol.ipynb #93cffdce
 PARTS = ("models", "training")     # of the course, each with a file of results

@@ -20,8 +20,8 @@ import numpy as np
 from ..config import atomic_path, write_atomic
 from ..data.pipeline import augment_batch, batches, epoch_order, to_tensors
 from ..errors import ConfigError, DatasetError, MedimgError, nearest
-from .record import RunRecord, TrainConfig, environment, has_checkpoint, history_csv, latest_checkpoint, save_checkpoint
 from .fused_norm import fused_norms
+from .record import RunRecord, TrainConfig, data_hashes, environment, has_checkpoint, history_csv, latest_checkpoint, save_checkpoint
 from .watch import LivePlot, write_events
 
 
@@ -559,7 +559,7 @@ def _loop(run, reporter, told=()):
             run.status = "finished" if run.epoch >= run.config.epochs else "stopped early"
             run.save()
 
-# %% ../../nbs/training/02_trainer.ipynb #0957b41b
+# %% ../../nbs/training/02_trainer.ipynb #acfce6a4
 def _finish(run, about):
     """Write the run's files from its best weights and return the record."""
     run.model.set_weights(run.best)
@@ -590,7 +590,7 @@ def _threshold(run, variants=8):
 
 def _dataset_facts(run):
     counts = {"n_train": len(run.train), "n_val": len(run.val)}
-    return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | counts
+    return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | data_hashes(run.dataset) | counts
 
 # %% ../../nbs/training/02_trainer.ipynb #4a88da9b
 def _in_notebook():
