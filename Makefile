@@ -25,7 +25,7 @@ else
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
 endif
 
-.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz lint locks sizes clean
+.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz soak lint locks sizes clean
 
 help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
@@ -66,6 +66,9 @@ bench-peers: $(DEV)  ## install the programs that benchmarks compare with into .
 
 fuzz: $(DEV)  ## mutate files for as long as FUZZ_SECONDS says (600) and keep what breaks a parser in artefacts/fuzz
 	@mkdir -p artefacts; $(PY) tools/fuzz.py --seconds $(FUZZ_SECONDS)
+
+soak: $(DEV)  ## kill -9 at ten random moments of a training, a search and a training on two workers; each must end as if left alone
+	@mkdir -p artefacts; MEDIMG_SOAK=1 $(PY) -m pytest -v -k kill tests/test_trainer.py tests/test_tuning.py tests/test_distributed.py
 
 lint: $(DEV)  ## ruff, the locks against settings.ini, and known vulnerabilities of the locked packages (network)
 	@$(PY) -m ruff check .
