@@ -229,7 +229,7 @@ class _JsonFile:
         """Read `run.json` of a run's `folder` (or the file itself); ConfigError when it is missing or not a record."""
         return _read_record(cls, Path(folder))
 
-# %% ../../nbs/training/02a_record.ipynb #ad30358f
+# %% ../../nbs/training/02a_record.ipynb #cf7d0dad
 @dataclass(frozen=True)
 class RunRecord(_JsonFile):
     """What one training run was, and what came out of it: the content of `run.json`.
@@ -267,6 +267,8 @@ class RunRecord(_JsonFile):
         Smallest probability called positive (binary tasks), chosen on validation.
     train_ids : str
         Name of the file with the hashes of the images that the weights saw.
+    parent : dict
+        Of a fine-tuning run: `name`, `version`, `digest` and `weights` (hash) of the model it started from; else empty.
     research_use : str
         What it is not for.
     schema_version : int
@@ -301,6 +303,7 @@ class RunRecord(_JsonFile):
     metrics: dict = field(default_factory=dict)
     threshold: float | None = None
     train_ids: str = "training_ids.txt"
+    parent: dict = field(default_factory=dict)
     research_use: str = RESEARCH_USE
     schema_version: int = 1
 
