@@ -358,7 +358,7 @@ def _seeds(text):
     except ValueError:
         raise ConfigError(f"--seeds {text!r} is no list of whole numbers", remedy="for example --seeds 0,1,2") from None
 
-# %% ../nbs/foundations/cli.ipynb #3d5ffa8d
+# %% ../nbs/foundations/cli.ipynb #cf351f31
 @app.command()
 def update(champion: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundle beside its run (as reproduce leaves it) or with its weights, or a run folder.")],
            new: Annotated[str, typer.Option("--with", help="The new data: a registered name, or a folder of class folders.")],
@@ -376,7 +376,7 @@ def update(champion: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundl
     from medimg import api
     if wrong := [r for r in rename or () if r.count("=") != 1]:
         raise ConfigError(f"--rename {wrong[0]!r} is not NEW=OLD", remedy='for example --rename "no finding=normal"')
-    result = api.update(champion, new, out=out, old=old, replay=replay, margin=margin, rename=dict(r.split("=") for r in rename or ()), patients=patients,
+    result = api.update(champion, new, out=out, old=old or None, replay=replay, margin=margin, rename=dict(r.split("=") for r in rename or ()), patients=patients,
                         same_patients=not other_patients, epochs=epochs, seed=seed, data=data, n=n, n_boot=n_boot, progress=not quiet and not as_json)
     rows = [(f"{which}: {f['dataset']}", f["n"], *(_figures(f[who])[0] for who in ("champion", "challenger")), "{value:+.3f}, {low:+.3f} … {high:+.3f}".format(**f["difference"]))
             for which, f in result["folds"].items()]

@@ -169,6 +169,8 @@ def test_what_cannot_be_mixed():
     for fold, says in (("test", r"0 test \(new\)"), ("train", "0 new training")):
         with pytest.raises(DatasetError, match=says):
             replay_mix(OLD, select(NEW, NEW.splits != fold), quiet=True)
+    with pytest.raises(DatasetError, match="new: no test image of the class 'spot'"):
+        replay_mix(OLD, select(NEW, (NEW.splits != "test") | (NEW.labels == 0)), quiet=True)
     assert rarest(select(OLD, OLD.labels == 0)) == 0
 
 

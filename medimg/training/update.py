@@ -215,7 +215,7 @@ def replay_mix(old: ImageDataset | None, new: ImageDataset, *, share: float = 0.
     mix = select(both, keep)
     return _checked(replace(mix, meta={**mix.meta, "replay": facts, "training_ids": ids}), [d.name for d in sets], quiet)
 
-# %% ../../nbs/training/06a_update.ipynb #e9c2ff85
+# %% ../../nbs/training/06a_update.ipynb #044409df
 def _checked(mix, names, quiet):
     """The mix, when every fold of it can be used; what was mixed is printed."""
     facts, newest = mix.meta["replay"], mix.meta["origin"] == names[-1]
@@ -224,6 +224,10 @@ def _checked(mix, names, quiet):
         if rows.sum() < 2:
             raise DatasetError(f"{names[-1]}: {rows.sum()} {part} images are left (left out because someone or something is in two folds: {facts['left_out']})",
                                remedy="give more images with folds train, val and test; if equal patient ids mean different people, say so")
+    for name in names:
+        labels = mix.labels[(mix.splits == "test") & (mix.meta["origin"] == name)]
+        if absent := sorted(set(range(len(mix.classes))) - set(labels.tolist())):
+            raise DatasetError(f"{name}: no test image of the class {mix.classes[absent[0]]!r}", remedy="give test images of every class")
     if not quiet:
         left = ", ".join(f"{k} {fold}" for fold, k in facts["left_out"].items() if k)
         print(f"{mix.name}: training on {facts['new']} new and {facts['old']} old images ({facts['share']:.0%} old)" + (f"; left out, in two folds: {left}" if left else ""))
