@@ -341,7 +341,7 @@ def update(run_or_bundle, new, *, out, old=None, replay: float = 0.5, margin: fl
                                    "margin": margin, "champion": champion.parent, "run": run.fingerprint, "research_use": RESEARCH_USE}})
     return {**kept["result"], "bundle": _promoted(champion, out, mix, kept["result"], new, population) if kept["result"]["promoted"] else None}
 
-# %% ../nbs/foundations/api.ipynb #8453d719
+# %% ../nbs/foundations/api.ipynb #a514e69c
 def _champion(run_or_bundle):
     """The model to be improved: who it is, what it has seen, and its network when it is asked for."""
     from types import SimpleNamespace
@@ -369,7 +369,7 @@ def _champion(run_or_bundle):
         parent={"name": facts["name"], "version": facts["version"], "digest": bundle.digest if bundle else sha256_of(weights)},
         about={"name": facts["name"], "model": about[0], "model_options": about[1]}, network=lambda: _network(bundle, inside or weights.read_bytes()))
 
-
+# %% ../nbs/foundations/api.ipynb #ad8f0593
 def _network(bundle, data):
     """The Keras network in the bytes of a `.keras` file; it must be the bundle's own."""
     import tempfile
@@ -386,7 +386,7 @@ def _network(bundle, data):
             raise BundleError("the run beside it is of another network", path=bundle.path, remedy="give the run folder that it was made from")
     return network
 
-# %% ../nbs/foundations/api.ipynb #a1e32681
+# %% ../nbs/foundations/api.ipynb #9f398fa3
 def _any_data(source, data="auto", n=None, patients=None, *, quiet=True):
     """An ImageDataset from itself, a folder of class folders, or a registered name."""
     from medimg.data.datasets import dataset_info, find_dataset
@@ -399,7 +399,7 @@ def _any_data(source, data="auto", n=None, patients=None, *, quiet=True):
         raise DatasetError(f"{source}: not on this computer", remedy=_remedy(source))
     return _load(str(source), data, n, quiet=quiet)
 
-
+# %% ../nbs/foundations/api.ipynb #658a6778
 def _old_data(champion, given, replay, same_patients, *, quiet):
     """What the champion was trained on, as one data set; None when it is not here and nothing is to be replayed."""
     from medimg.training.update import join, same_question
@@ -424,7 +424,7 @@ def _loaded(champion, new):
     first = champion.note or {"name": champion.facts["dataset"], "data": "auto", "n": champion.recipe.n, "seed": 0}
     return {**first, "updates": [*first.get("updates", ()), new.meta.get("loaded") or {"name": new.name}]}
 
-# %% ../nbs/foundations/api.ipynb #82d1380e
+# %% ../nbs/foundations/api.ipynb #4079a01e
 def _compared(champion, run_folder, source, mix, n_boot, log):
     """Champion and challenger on the test fold of one data set, which is read once for both and logged."""
     from medimg.data.datasets import select
@@ -446,7 +446,7 @@ def _compared(champion, run_folder, source, mix, n_boot, log):
             "champion": metrics["champion"]["auc"], "challenger": metrics["challenger"]["auc"], "difference": {**difference, "rarest": rarest(fold)},
             "metrics": metrics["challenger"], "test_reads": reads}
 
-
+# %% ../nbs/foundations/api.ipynb #3b40bdab
 def _promoted(champion, out, mix, result, new, population):
     """The challenger as a bundle of the next version, built once; the champion's is not touched."""
     import re

@@ -44,7 +44,7 @@ def champion(tmp_path_factory):
     """A run and its bundle side by side, as `reproduce` leaves them."""
     from medimg.models.networks import build_model
     home = tmp_path_factory.mktemp("champion")
-    network = build_model("resnet", (16, 16, 1), 2, width=8, blocks=(1, 1))
+    network = build_model("resnet", (16, 16, 1), 2, seed=0, width=8, blocks=(1, 1))
     run = fit(network, OLD, replace(CONFIG, epochs=12), preprocessor=Preprocessor([("scale", {})]), out=home / "run", progress=False,
               about={"name": "spots", "model": "resnet", "model_options": {"width": 8, "blocks": [1, 1]}})
     assert run.metrics["auc"] > 0.9

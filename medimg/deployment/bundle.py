@@ -525,7 +525,7 @@ def _write_folder(out, files):
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/deployment/01_bundle.ipynb #4619f653
+# %% ../../nbs/deployment/01_bundle.ipynb #7e2cc502
 def bundle_of_run(out, run_folder, dataset, *, weights: bool = False, **facts) -> Bundle:
     """The bundle of a finished training run: network exported, calibrated on the validation fold, threshold carried over.
 
@@ -566,7 +566,7 @@ def bundle_of_run(out, run_folder, dataset, *, weights: bool = False, **facts) -
     return build_bundle(out, model=inference_model(network), preprocessor=pre, dataset=dataset, batch=pre.batch(val.images[:32]),
                         **{"calibration": calibration, "thresholds": thresholds, "training": training, **enclosed, **facts})
 
-
+# %% ../../nbs/deployment/01_bundle.ipynb #5b253c95
 def _calibrated(network, pre, val, run):
     """Temperature fitted on validation, and the run's threshold in calibrated probability."""
     logits = np.asarray(network(pre.batch(val.images), training=False))

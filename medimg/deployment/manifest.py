@@ -275,7 +275,7 @@ def example_manifest(**changes) -> dict:
             "licence": {"code": "Apache-2.0", "data": "none needed", "citation": "none"}, "files": {}, "research_use": RESEARCH_USE,
             **changes})
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #37d7b9e4
+# %% ../../nbs/deployment/01a_manifest.ipynb #eb8a1957
 def model_card(manifest: dict, *, notes: str = "") -> str:
     """A page of Markdown made from the facts of a manifest (after Mitchell et al., Model Cards for Model Reporting, 2019).
 
@@ -311,14 +311,14 @@ def model_card(manifest: dict, *, notes: str = "") -> str:
     return "\n\n".join(lines) + "\n"
 
 
+_LIMITS = ("Do not use it for a patient. It does not know pictures of other machines, ages, views or diseases than the above; the check for unfamiliar "
+           "pictures catches many of them, not all. A heat map shows what moved the score, not where the disease is.")
+
+# %% ../../nbs/deployment/01a_manifest.ipynb #9d21185b
 def _update_line(u):
     """One update in words."""
     old = u["parent"]
     return f"Updated with {u['dataset']} (checksum {u['checksum'] or 'unknown'}, {u['replay']:.0%} replayed) from {old['name']} {old['version'] or ''} (digest {old['digest'][:12]})."
-
-
-_LIMITS = ("Do not use it for a patient. It does not know pictures of other machines, ages, views or diseases than the above; the check for unfamiliar "
-           "pictures catches many of them, not all. A heat map shows what moved the score, not where the disease is.")
 
 
 def _listed(names):

@@ -412,7 +412,7 @@ def decide(old: dict | None, new: dict, *, margin: float = 0.02) -> Verdict:
         return Verdict(False, f"{loss}, which {'is' if old['high'] < -margin else 'may be'} a loss of more than {margin:g}")
     return Verdict(True, f"{gain}; {loss}, no loss of more than {margin:g}")
 
-# %% ../../nbs/training/06a_update.ipynb #4cd6c346
+# %% ../../nbs/training/06a_update.ipynb #cee4ccd9
 def next_version(version: str | None) -> str:
     """The version after `version` with a higher second number.
 
@@ -487,7 +487,11 @@ def _short(value):
 
 
 def keep_update(out, facts: dict) -> dict:
-    """Write `facts` (ready for JSON) as `update.json` into the folder `out`, whole or not at all, and return them.
+    """The `facts` (ready for JSON), after they were written as `update.json` into the folder `out`, whole or not at all.
+
+    Returns
+    -------
+    dict
 
     Examples
     --------
