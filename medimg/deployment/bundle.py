@@ -485,7 +485,7 @@ def _check_facts(facts):
     if unknown := sorted(set(facts) - allowed):
         raise BundleError(f"unknown fact {unknown[0]!r}", remedy=nearest(unknown[0], allowed))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #9839b483
+# %% ../../nbs/deployment/01_bundle.ipynb #c4a1c5ae
 def _pack_files(graph, engine, preprocessor, facts, difference):
     sample = engine.run(np.zeros((1, *(s or 1 for s in engine.input_shape)), "float32"))
     outputs = {name: f"(n, {', '.join(map(str, sample[name].shape[1:]))})" if name in sample else None for name in ("logits", "features", "cam")}
@@ -509,7 +509,7 @@ def _pack_files(graph, engine, preprocessor, facts, difference):
     check_manifest(manifest)
     return {**files, "manifest.json": encode(manifest)}
 
-
+# %% ../../nbs/deployment/01_bundle.ipynb #7674e738
 def _write_folder(out, files):
     if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
         raise BundleError("exists and is no bundle", path=out, remedy="choose another folder")
