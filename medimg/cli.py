@@ -6,8 +6,8 @@
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'runs_app', 'bundle_app', 'scan', 'read', 'volume_facts',
            'write_volume', 'data_list', 'data_info', 'data_fetch', 'data_check', 'data_sheet', 'data_leaks',
            'deidentify', 'train', 'evaluate', 'metrics_text', 'reproduce', 'runs_list', 'runs_compare', 'runs_plot',
-           'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo', 'doctor',
-           'diagnose', 'main']
+           'update', 'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo',
+           'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #31a5cacf
 import json
@@ -420,6 +420,31 @@ def runs_plot(folders: Annotated[list[Path], typer.Argument(help="Folders of run
     from medimg.training.provenance import plot_runs
     picture = plot_runs(folders)
     _say({"picture": str(picture.save(out)), "alt": picture.alt}, f"{picture.alt}\npicture: {out}", as_json)
+
+# %% ../nbs/foundations/cli.ipynb #cf351f31
+@app.command()
+def update(champion: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundle beside its run (as reproduce leaves it) or with its weights, or a run folder.")],
+           new: Annotated[str, typer.Option("--with", help="The new data: a registered name, or a folder of class folders.")],
+           out: Annotated[Path, typer.Option(help="Folder for run, verdict and, if promoted, bundle; the same command again resumes.")],
+           old: Annotated[list[str] | None, typer.Option(help="The champion's data, repeatable; default: as its run or bundle says.")] = None,
+           replay: Annotated[float, typer.Option(help="Share of old images in training, 0 to below 1.")] = 0.5,
+           margin: Annotated[float, typer.Option(help="A loss of so much AUC on the old data is still called equal.")] = 0.02,
+           rename: Annotated[list[str] | None, typer.Option(help="NEW=OLD, repeatable: this class of the new data is that of the champion.")] = None,
+           patients: Annotated[Path | None, typer.Option(help="Of a folder: CSV table with file and patient_id.")] = None,
+           other_patients: Annotated[bool, typer.Option("--other-patients", help="Equal patient ids in old and new data are different people.")] = False,
+           epochs: Annotated[int | None, typer.Option(min=1)] = None, seed: Annotated[int | None, typer.Option(min=0)] = None, data: DataOption = "auto",
+           n: Annotated[int | None, typer.Option(help="About so many new images.", min=20)] = None,
+           n_boot: Annotated[int, typer.Option(min=100, max=100_000)] = 2000, as_json: AsJson = False, quiet: Quiet = False):
+    """Fine-tune on new data with replay of old; promote only what is better on new test images and not worse on old. Exit code 0 in either case."""
+    from medimg import api
+    if wrong := [r for r in rename or () if r.count("=") != 1]:
+        raise ConfigError(f"--rename {wrong[0]!r} is not NEW=OLD", remedy='for example --rename "no finding=normal"')
+    result = api.update(champion, new, out=out, old=old or None, replay=replay, margin=margin, rename=dict(r.split("=") for r in rename or ()), patients=patients,
+                        same_patients=not other_patients, epochs=epochs, seed=seed, data=data, n=n, n_boot=n_boot, progress=not quiet and not as_json)
+    rows = [(f"{which}: {f['dataset']}", f["n"], *(_figures(f[who])[0] for who in ("champion", "challenger")), "{value:+.3f}, {low:+.3f} … {high:+.3f}".format(**f["difference"]))
+            for which, f in result["folds"].items()]
+    made = "{name} {version}, digest {digest:.12}, in {out}".format(**result["bundle"], out=out / "bundle") if result["bundle"] else "none; the champion stays as it is"
+    _say(result, columns(("test fold", "n", "AUC champion", "challenger", "difference, 95 %"), rows) + f"\n{result['verdict']}\nbundle: {made}\n{result['research_use']}", as_json)
 
 # %% ../nbs/foundations/cli.ipynb #d8c1d9e2
 bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, inspect, verify.")

@@ -198,35 +198,13 @@ def _experiment(name, *, update, log, progress, **settings):
         store_result(result, home)
     return result
 
-# %% ../nbs/foundations/reproduction.ipynb #734fec85
+# %% ../nbs/foundations/reproduction.ipynb #55098ef0
 def _pack(r, run, dataset, tested, out):
     """Build the bundle of a finished run."""
     from medimg.data.datasets import drop_shared
-    from medimg.data.preprocess import Preprocessor
-    from medimg.deployment.bundle import build_bundle
-    from medimg.models.networks import load_model
-    from medimg.models.resnet import inference_model
-    clean, pre = drop_shared(dataset, quiet=True), Preprocessor.load(out / "run" / "preprocess.json")
-    network, val = load_model(out / "run" / "model.keras"), clean.split("val")
-    calibration, thresholds = _calibrated(network, pre, val, run)
-    facts = {"input": {**r.input, "shape": list(pre.batch(dataset.images[:1]).shape[1:])}, "population": r.population, "calibration": calibration, "thresholds": thresholds,
-             "metrics": {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]},
-             "training": {"dataset": run.dataset["name"], "checksum": run.dataset["checksum"], "run": None, "seed": run.seed, "commit": run.code_commit}}
-    return build_bundle(out / "bundle", model=inference_model(network), preprocessor=pre, dataset=clean, batch=pre.batch(val.images[:32]),
-                        name=r.name, version=r.version, **facts)
-
-# %% ../nbs/foundations/reproduction.ipynb #8db28bde
-def _calibrated(network, pre, val, run):
-    """Temperature fitted on validation, and the run's threshold in calibrated probability."""
-    import numpy as np
-
-    from medimg.deployment.reference import fit_temperature, probabilities
-    logits = np.asarray(network(pre.batch(val.images), training=False))
-    fit = fit_temperature(logits, val.labels, task=run.task)
-    if run.threshold is None:
-        return fit, {}
-    cut = np.log(run.threshold / (1 - run.threshold))
-    return fit, {run.classes[1]: float(probabilities(np.array([[cut]]), task="binary", temperature=fit["temperature"])[0, 1])}
+    from medimg.deployment.bundle import bundle_of_run
+    metrics = {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]}
+    return bundle_of_run(out / "bundle", out / "run", drop_shared(dataset, quiet=True), name=r.name, version=r.version, input=r.input, population=r.population, metrics=metrics)
 
 # %% ../nbs/foundations/reproduction.ipynb #d6cb2ba6
 def _save(result, path):

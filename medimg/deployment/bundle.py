@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'MAX_FILE_BYTES', 'MAX_TOTAL_BYTES', 'MAX_RATIO', 'UNSIGNED', 'UNVERIFIED', 'read_files',
-           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'Bundle', 'calibrate', 'build_bundle', 'toy_images',
-           'toy_bundle', 'pack', 'inspect', 'verify', 'update_index']
+           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'Bundle', 'calibrate', 'build_bundle',
+           'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'inspect', 'verify', 'update_index']
 
 # %% ../../nbs/deployment/01_bundle.ipynb #261d19f8
 import os
@@ -404,7 +404,7 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #6df97d64
+# %% ../../nbs/deployment/01_bundle.ipynb #61b8b721
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
@@ -425,7 +425,7 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, **facts)
         Preprocessed pictures for the parity check of a Keras model; random ones by default.
     **facts
         The manifest's fields `name, version, classes, task, input, population, thresholds, training, metrics, licence`, and optionally
-        `created` (ISO date), `licence_text`, `notes` (for the model card).
+        `created` (ISO date), `licence_text`, `notes` (for the model card), `weights` (bytes of a `.keras` file, so that it can be trained further).
 
     Returns
     -------
@@ -453,7 +453,7 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, **facts)
     _write_folder(Path(out), files)
     return Bundle.load(out)
 
-# %% ../../nbs/deployment/01_bundle.ipynb #0ba58987
+# %% ../../nbs/deployment/01_bundle.ipynb #3252b4e1
 def _graph_of(model, batch):
     if isinstance(model, (bytes, str, Path)):
         return model if isinstance(model, bytes) else Path(model).read_bytes(), None
@@ -479,13 +479,13 @@ def _dataset_facts(dataset):
 
 def _check_facts(facts):
     needed = {*_FACTS, "calibration", "reference", "training_ids"}
-    allowed = needed | {"created", "licence_text", "notes"}
+    allowed = needed | {"created", "licence_text", "notes", "weights"}
     if missing := sorted(needed - set(facts)):
         raise BundleError(f"the facts lack {', '.join(missing)}", remedy="give them to build_bundle")
     if unknown := sorted(set(facts) - allowed):
         raise BundleError(f"unknown fact {unknown[0]!r}", remedy=nearest(unknown[0], allowed))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #e6abe21e
+# %% ../../nbs/deployment/01_bundle.ipynb #c4a1c5ae
 def _pack_files(graph, engine, preprocessor, facts, difference):
     sample = engine.run(np.zeros((1, *(s or 1 for s in engine.input_shape)), "float32"))
     outputs = {name: f"(n, {', '.join(map(str, sample[name].shape[1:]))})" if name in sample else None for name in ("logits", "features", "cam")}
@@ -503,11 +503,13 @@ def _pack_files(graph, engine, preprocessor, facts, difference):
              "monitoring_reference.npz": reference.to_bytes(), "training_ids.txt": "".join(f"{i}\n" for i in sorted(set(facts["training_ids"]))).encode(),
              "MODEL_CARD.md": model_card(manifest, notes=facts.get("notes", "")).encode(),
              "LICENSE-DATA.txt": (facts.get("licence_text") or "{data}\n\n{citation}\n".format(**facts["licence"])).encode()}
+    if facts.get("weights"):
+        files["model.keras"] = facts["weights"]
     manifest = seal({**manifest, "files": {name: sha256_of(data) for name, data in files.items()}})
     check_manifest(manifest)
     return {**files, "manifest.json": encode(manifest)}
 
-
+# %% ../../nbs/deployment/01_bundle.ipynb #7674e738
 def _write_folder(out, files):
     if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
         raise BundleError("exists and is no bundle", path=out, remedy="choose another folder")
@@ -522,6 +524,57 @@ def _write_folder(out, files):
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/deployment/01_bundle.ipynb #7e2cc502
+def bundle_of_run(out, run_folder, dataset, *, weights: bool = False, **facts) -> Bundle:
+    """The bundle of a finished training run: network exported, calibrated on the validation fold, threshold carried over.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder to make.
+    run_folder : str or Path
+        With `run.json`, `model.keras` and `preprocess.json`, as `medimg.training.trainer.fit` leaves it.
+    dataset : ImageDataset
+        What the run was trained on; train and val are used.
+    weights : bool
+        Enclose `model.keras`, so that `medimg update` can train it further.
+    **facts
+        As for `build_bundle`: at least `name`, `version`, `input` (without `shape`), `population` and `metrics`.
+
+    Returns
+    -------
+    Bundle
+
+    Examples
+    --------
+    >>> bundle_of_run("out/bundle", "out/run", dataset, name="mine", version="1.0", metrics={},
+    ...               input={}, population={"description": "…", "source": "…"}).version              # doctest: +SKIP
+    '1.0'
+    """
+    from medimg.data.preprocess import Preprocessor
+    from medimg.models.networks import load_model
+    from medimg.models.resnet import inference_model
+    from medimg.training.record import RunRecord
+    run_folder = Path(run_folder)
+    run, pre, network = RunRecord.load(run_folder), Preprocessor.load(run_folder / "preprocess.json"), load_model(run_folder / "model.keras")
+    val = dataset.split("val")
+    calibration, thresholds = _calibrated(network, pre, val, run)
+    facts["input"] = {**facts["input"], "shape": list(pre.batch(val.images[:1]).shape[1:])}
+    training = {"dataset": run.dataset["name"], "checksum": run.dataset["checksum"], "run": None, "seed": run.seed, "commit": run.code_commit}
+    enclosed = {"weights": (run_folder / "model.keras").read_bytes()} if weights else {}
+    return build_bundle(out, model=inference_model(network), preprocessor=pre, dataset=dataset, batch=pre.batch(val.images[:32]),
+                        **{"calibration": calibration, "thresholds": thresholds, "training": training, **enclosed, **facts})
+
+# %% ../../nbs/deployment/01_bundle.ipynb #5b253c95
+def _calibrated(network, pre, val, run):
+    """Temperature fitted on validation, and the run's threshold in calibrated probability."""
+    logits = np.asarray(network(pre.batch(val.images), training=False))
+    fit = fit_temperature(logits, val.labels, task=run.task)
+    if run.threshold is None:
+        return fit, {}
+    cut = np.log(run.threshold / (1 - run.threshold))
+    return fit, {run.classes[1]: float(probabilities(np.array([[cut]]), task="binary", temperature=fit["temperature"])[0, 1])}
 
 # %% ../../nbs/deployment/01_bundle.ipynb #bf9a6263
 def toy_images(n: int, *, seed: int = 0, side: int = 32) -> tuple:

@@ -154,7 +154,7 @@ def _check_object(value, schema, where):
         elif isinstance(more, Mapping):
             check_schema(item, more, f"{where}: {key}")
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #0eb283c6
+# %% ../../nbs/deployment/01a_manifest.ipynb #d5518e74
 def _object(properties, **more):
     return {"type": "object", "required": sorted(properties), "additionalProperties": False, "properties": properties, **more}
 
@@ -172,6 +172,9 @@ _INPUT = _object({"shape": {"type": "array", "minItems": 3, "maxItems": 3, "item
 _POPULATION = _object({"description": _TEXT, "age_years": _PAIR, "sex": {"enum": ["M", "F", "any", None]}, "source": _TEXT})
 _OOD = _object({"method": {"enum": ["mahalanobis"]}, "threshold": {"type": "number"}, "quantile": {"type": "number", "minimum": 0, "maximum": 1}})
 _TRAINING = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "run": _TEXT_OR_NULL, "seed": {"type": ["integer", "null"]}, "commit": _TEXT_OR_NULL})
+_PARENT = _object({"name": {"type": "string", "pattern": _NAME_PATTERN}, "version": _TEXT_OR_NULL, "digest": _HEX})
+_UPDATE = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "replay": {"type": "number", "minimum": 0, "maximum": 1}, "parent": _PARENT})
+_TRAINING["properties"]["updates"] = {"type": "array", "maxItems": 1000, "items": _UPDATE}      # not required: few bundles have been updated
 _LICENCE = _object({"code": _TEXT, "data": _TEXT, "citation": _TEXT})
 
 
@@ -272,7 +275,7 @@ def example_manifest(**changes) -> dict:
             "licence": {"code": "Apache-2.0", "data": "none needed", "citation": "none"}, "files": {}, "research_use": RESEARCH_USE,
             **changes})
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #3bfb9d23
+# %% ../../nbs/deployment/01a_manifest.ipynb #eb8a1957
 def model_card(manifest: dict, *, notes: str = "") -> str:
     """A page of Markdown made from the facts of a manifest (after Mitchell et al., Model Cards for Model Reporting, 2019).
 
@@ -303,13 +306,19 @@ def model_card(manifest: dict, *, notes: str = "") -> str:
              f"{who['description'].rstrip(' .;')}; age: {_span(who['age_years'], ' years')}; sex: {who['sex'] or 'unknown'}; source: {who['source']}.",
              "## How well", _metric_table(m["metrics"]), "## What not to do", _LIMITS, *([notes] if notes else []), "## Made from",
              f"Data set {m['training']['dataset']} (checksum {m['training']['checksum'] or 'unknown'}), seed {m['training']['seed']}, run "
-             f"{m['training']['run'] or 'unknown'}, commit {m['training']['commit'] or 'unknown'}.", "## Rights",
+             f"{m['training']['run'] or 'unknown'}, commit {m['training']['commit'] or 'unknown'}.", *map(_update_line, m["training"].get("updates", ())), "## Rights",
              f"Code: {m['licence']['code']}. Data: {m['licence']['data']}. Cite: {m['licence']['citation']}"]
     return "\n\n".join(lines) + "\n"
 
 
 _LIMITS = ("Do not use it for a patient. It does not know pictures of other machines, ages, views or diseases than the above; the check for unfamiliar "
            "pictures catches many of them, not all. A heat map shows what moved the score, not where the disease is.")
+
+# %% ../../nbs/deployment/01a_manifest.ipynb #9d21185b
+def _update_line(u):
+    """One update in words."""
+    old = u["parent"]
+    return f"Updated with {u['dataset']} (checksum {u['checksum'] or 'unknown'}, {u['replay']:.0%} replayed) from {old['name']} {old['version'] or ''} (digest {old['digest'][:12]})."
 
 
 def _listed(names):

@@ -344,6 +344,8 @@ class RunRecord(_JsonFile):
         Smallest probability called positive (binary tasks), chosen on validation.
     train_ids : str
         Name of the file with the hashes of the images that the weights saw.
+    parent : dict
+        Of a fine-tuning run: `name`, `version`, `digest` and `weights` (hash) of the model it started from; else empty.
     research_use : str
         What it is not for.
     schema_version : int
@@ -378,6 +380,7 @@ class RunRecord(_JsonFile):
     metrics: dict = field(default_factory=dict)
     threshold: float | None = None
     train_ids: str = "training_ids.txt"
+    parent: dict = field(default_factory=dict)
     research_use: str = RESEARCH_USE
     code_changed: bool | None = None
     code_diff_sha256: str | None = None
