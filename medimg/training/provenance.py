@@ -337,7 +337,7 @@ def checkpoint_facts(path) -> dict:
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, AttributeError, RecursionError) as error:
         raise MedimgError("damaged checkpoint", path=path, remedy="delete this folder, or start again with --fresh (resume=False)") from error
 
-# %% ../../nbs/training/06_provenance.ipynb #10290ec2
+# %% ../../nbs/training/06_provenance.ipynb #df8f6d16
 _SHAPES = {"config": dict, "dataset": dict, "fingerprint": dict, "metrics": dict, "versions": dict, "machine": dict, "modules": dict, "history": list}
 
 
@@ -400,10 +400,9 @@ def _unfinished(folder):
 
 
 def _facts(run):
-    """A run's facts as a dictionary, whatever it is given as."""
-    if isinstance(run, (str, Path)):
-        return read_run(run)
-    return asdict(run) if is_dataclass(run) else dict(run)
+    """A run's facts as a dictionary, whatever it is given as; a tuple counts as the list that a file would hold."""
+    facts = read_run(run) if isinstance(run, (str, Path)) else asdict(run) if is_dataclass(run) else run
+    return json.loads(json.dumps(facts, default=str))
 
 # %% ../../nbs/training/06_provenance.ipynb #1f6afa7a
 COLUMNS = ("run", "when", "status", "epochs", "planned", "monitor", "value", "seconds", "seed", "commit", "data")
