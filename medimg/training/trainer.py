@@ -186,7 +186,7 @@ def choose_threshold(y, p) -> float:
     best = cuts[youden == youden.max()]
     return float(best[np.argmin(abs(best - 0.5))])
 
-# %% ../../nbs/training/02_trainer.ipynb #f82f9e44
+# %% ../../nbs/training/02_trainer.ipynb #aca2a033
 class TrainState:
     """A network together with everything its training remembers.
 
@@ -200,6 +200,8 @@ class TrainState:
         `loss(y, logits) -> scalar`, as from `make_loss`.
     scales : dict of str to float, optional
         Variable path to a multiplier of its learning rate; 1 for those that are not named.
+    team : medimg.training.distributed.Team, optional
+        The other workers, whose gradients are averaged with this one's before clipping.
 
     Examples
     --------
@@ -208,7 +210,7 @@ class TrainState:
     0.6931
     """
 
-    def __init__(self, model, config: TrainConfig, loss, scales=None):
+    def __init__(self, model, config: TrainConfig, loss, scales=None, team=None):
         import keras
         import tensorflow as tf
         self.model, self.config = model, config
@@ -216,7 +218,7 @@ class TrainState:
         self.optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(w, trainable=False) for w in model.get_weights()]
-        self._step = _graph_of_step(self, loss, _checked_scales(model, scales))
+        self._step = _graph_of_step(self, loss, _checked_scales(model, scales), team)
         self._forward = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
     def step(self, x, y, number: int, rate: float) -> float:
@@ -270,7 +272,7 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #f9093e8f
+# %% ../../nbs/training/02_trainer.ipynb #42f30121
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
@@ -292,18 +294,21 @@ def _checked_scales(model, scales):
     return [(known[path], float(scale)) for path, scale in (scales or {}).items() if scale != 1]
 
 
-def _graph_of_step(state, loss, scales):
-    """One training step as a graph: gradient, clip, AdamW (a share of it where a variable has a scale of its own), running average."""
+def _graph_of_step(state, loss, scales, team=None):
+    """One training step as a graph: gradient (a team's mean), clip, AdamW (a share of it where a variable has a scale of its own), running average."""
     import tensorflow as tf
     model, optimizer, clip_norm = state.model, state.optimizer, state.config.clip_norm
+
+    def gradient(x, y):
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+            total = tf.add_n([value, *model.losses])
+        return total, tape.gradient(total, [v.value for v in model.trainable_variables])
 
     @tf.function(reduce_retracing=True)
     def step(x, y, rate, decay):
         optimizer.learning_rate.assign(rate)
-        with tf.GradientTape() as tape:
-            value = loss(y, model(x, training=True))
-            total = tf.add_n([value, *model.losses])
-        gradients = tape.gradient(total, [v.value for v in model.trainable_variables])
+        total, gradients = team.mean(gradient, model, x, y) if team else gradient(x, y)
         norm = tf.linalg.global_norm(gradients)
         if clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
@@ -317,20 +322,21 @@ def _graph_of_step(state, loss, scales):
 
     return step
 
-# %% ../../nbs/training/02_trainer.ipynb #686d6238
+# %% ../../nbs/training/02_trainer.ipynb #52bd97e9
 class _Run:
     """One training run in its folder: what is fixed (data, plan, fingerprint) and what moves (epoch, history, best weights)."""
 
-    def __init__(self, model, dataset, config, preprocessor, out, metrics):
+    def __init__(self, model, dataset, config, preprocessor, out, metrics, team=None):
         self.model, self.dataset, self.config, self.preprocessor = model, dataset, config, preprocessor
         self.out = Path(out)
         self.train, self.val = _folds(dataset)
         self.batch = min(config.batch_size, len(self.train))
+        self.batches = team.shared(self.batch) if team else batches
         self.steps = len(self.train) // self.batch
         self.tensors, self.x_val = to_tensors(self.train, preprocessor), to_tensors(self.val, preprocessor).x
         self.metrics = metrics
         self.fingerprint = _fingerprint(model, dataset, config, preprocessor)
-        self.state = TrainState(model, config, _loss_for(dataset, self.train, config))
+        self.state = TrainState(model, config, _loss_for(dataset, self.train, config), team=team)
         self.epoch, self.history, self.best, self.best_epoch = 0, [], model.get_weights(), 0
         self.status, self.wall_s, self.resumed, self.platform = "running", 0.0, 0, _platform()
 
@@ -414,7 +420,7 @@ def _same_run(facts, run):
         raise ConfigError(f"the folder holds another run ({'; '.join(differs)})", path=run.out,
                           remedy="give another --out, or start over with --fresh (resume=False)")
 
-# %% ../../nbs/training/02_trainer.ipynb #394bb245
+# %% ../../nbs/training/02_trainer.ipynb #76002654
 class _Diverged(Exception):
     def __init__(self, epoch, batch, steps):
         super().__init__(f"the loss is not finite in epoch {epoch}, batch {batch} of {steps}")
@@ -424,7 +430,7 @@ def _train_epoch(run, advance):
     """One pass over the training images; returns the mean loss."""
     run.state.reseed(run.epoch)
     total = 0.0
-    stream = batches(run.tensors, batch_size=run.batch, seed=run.config.seed, epoch=run.epoch, augment=run.config.augment)
+    stream = run.batches(run.tensors, batch_size=run.batch, seed=run.config.seed, epoch=run.epoch, augment=run.config.augment)
     for i, (x, y) in zip(range(run.steps), stream):
         number = run.epoch * run.steps + i
         loss = run.state.step(x, y, number, run.rate(number))
@@ -575,8 +581,8 @@ class _Reporter:
         elif self.wanted:
             self.say(text)
 
-# %% ../../nbs/training/02_trainer.ipynb #1ff3b1e5
-def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, resume=True, metrics=None, on_epoch=None, about=None) -> RunRecord:
+# %% ../../nbs/training/02_trainer.ipynb #05b9c232
+def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, resume=True, metrics=None, on_epoch=None, about=None, team=None) -> RunRecord:
     """Train a network, keep its best averaged weights, and leave a complete record in a folder.
 
     Killed at any moment, the same call goes on and ends with the same weights as if it had never stopped: bit for bit under the
@@ -605,6 +611,8 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         resumed: a search stops a poor trial this way. Epochs that a resumed run finds done are not told again.
     about : dict, optional
         `name`, `model` and `model_options` for the record.
+    team : medimg.training.distributed.Team, optional
+        Share each batch with other workers, or split it to save memory; the weights are the same up to rounding.
 
     Returns
     -------
@@ -633,7 +641,7 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
     import tensorflow as tf
     tf.config.experimental.enable_op_determinism()
     _check_folder(Path(out), resume)
-    run = _Run(model, dataset, config, preprocessor, out, metrics)
+    run = _Run(model, dataset, config, preprocessor, out, metrics, team)
     reporter = _Reporter(run, progress)
     _open(run, reporter)
     try:
