@@ -128,7 +128,7 @@ def test_two_processes_give_the_curve_of_one_and_listen_on_loopback_only():
     assert apart[2] > 1e-2                       # statistics of a worker's own images: another training
     for plan in (two[0], two[2]):                # one ring of two: each sends every number of the gradient, and the loss, once
         assert 1.0 <= plan["bytes"] / (4 * (plan["parameters"] + 1)) < 1.5
-    assert devices == ["lo\0"]
+    assert devices and set(devices) == {"lo\0"}
 
 
 def test_a_typed_error_in_a_worker_is_raised_here():
