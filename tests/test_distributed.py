@@ -212,6 +212,15 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path):
         time.sleep(0.05)
 
 
+def test_command_line(tmp_path):
+    line = [sys.executable, "-m", "medimg.cli", "train", "phantom-cxr", "--profile", "ci", "--n", "150", "--data", "phantom", "--epochs", "1", "--out", str(tmp_path / "run")]
+    refused = subprocess.run([*line, "--workers", "7"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "cannot be shared evenly by 7 workers" in refused.stderr and "Traceback" not in refused.stderr
+    done = subprocess.run([*line, "--workers", "2", "--accumulate", "2", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "finished" and (tmp_path / "run" / "data.json").is_file()
+
+
 def test_two_workers_of_ray_on_this_machine(tmp_path, uninterrupted):
     record = toy(fit_workers, tmp_path / "run", workers=2, engine="ray")
     assert record.status == "finished" and record == RunRecord.load(tmp_path / "run")

@@ -190,7 +190,18 @@ def _joint_dropout(layer, team, i):
 
     return call
 
-# %% ../../nbs/training/05_distributed.ipynb #b35dd0b2
+# %% ../../nbs/training/05_distributed.ipynb #54a066c5
+def _sockets():
+    """Duplicates of this process's internet sockets (Linux)."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                sock = socket.socket(fileno=os.dup(int(name)))
+                found += [sock] if sock.family in (socket.AF_INET, socket.AF_INET6) else []
+    return found
+
+
 def bytes_sent() -> int:
     """Bytes that this process has sent over its open TCP connections (Linux's TCP_INFO, field `tcpi_bytes_sent`), headers not counted.
 
@@ -205,7 +216,7 @@ def bytes_sent() -> int:
     """
     return sum(struct.unpack_from("Q", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208), 200)[0] for sock in _sockets() if sock.type == socket.SOCK_STREAM)
 
-
+# %% ../../nbs/training/05_distributed.ipynb #d2d50e75
 def rehearse(team, plans: list, *, steps: int = 100, batch: int = 64, side: int = 28, augment: bool = True, warm: int = 5) -> list:
     """Training steps on made-up images, for `launch`: what they cost before a cluster is rented, and whether the workers agree.
 
@@ -250,7 +261,7 @@ def _rehearse_one(team, plan, steps, batch, side, augment, warm):
     state, losses, clock = TrainState(model, TrainConfig(), make_loss("binary"), team=team), [], [time.perf_counter()]
     draw = (team.shared(batch) if team else batches)(_made_up(batch * steps, side), batch_size=batch, seed=0, epoch=0, augment=augment)
     for i, (x, y) in enumerate(draw):
-        losses.append(state.step(x, y, i, 1e-3))
+        losses.append(state.step(x, y, i, 3e-4))
         clock.append(time.perf_counter())
         if i == min(warm, steps - 1) - 1:
             before, cpu = bytes_sent(), time.process_time()
@@ -267,9 +278,9 @@ def _made_up(n, side):
     x[y == 1, side // 3:2 * side // 3, side // 3:2 * side // 3] += 0.4
     return Tensors(x, y, np.array([f"{i:x}" for i in range(n)]))
 
-# %% ../../nbs/training/05_distributed.ipynb #97a32fdc
+# %% ../../nbs/training/05_distributed.ipynb #b6a1c312
 def join(addresses, rank: int, *, threads: int = 1, accumulate: int = 1, synchronise: bool = True, loopback: bool = True) -> Team:
-    """Connect this process with the other workers; before anything else that starts TensorFlow.
+    """Connect this process with the other workers, each on the processor; before anything else that starts TensorFlow.
 
     Parameters
     ----------
@@ -299,6 +310,7 @@ def join(addresses, rank: int, *, threads: int = 1, accumulate: int = 1, synchro
     1
     """
     import tensorflow as tf
+    tf.config.set_visible_devices([], "GPU")           # each worker is one processor: with graphics cards the sums would need NCCL
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec({"worker": list(addresses)}), task_type="worker", task_id=rank, rpc_layer="grpc")
@@ -308,7 +320,7 @@ def join(addresses, rank: int, *, threads: int = 1, accumulate: int = 1, synchro
         strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver, communication_options=ring)
     return Team(rank=rank, size=len(addresses), accumulate=accumulate, strategy=strategy, synchronise=synchronise)
 
-# %% ../../nbs/training/05_distributed.ipynb #94c4d57c
+# %% ../../nbs/training/05_distributed.ipynb #c51427f1
 @contextlib.contextmanager
 def _kept_to_loopback(port):
     """Bind the listener that appears on `port` in this process to the loopback device, as soon as it appears."""
@@ -342,17 +354,6 @@ def _bind_to_loopback(port):
 def _listeners(port):
     """Those of this process's sockets that listen on `port`."""
     return [sock for sock in _sockets() if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and sock.getsockname()[1] == port]
-
-
-def _sockets():
-    """Duplicates of this process's internet sockets (Linux)."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.stat(int(name)).st_mode):
-                sock = socket.socket(fileno=os.dup(int(name)))
-                found += [sock] if sock.family in (socket.AF_INET, socket.AF_INET6) else []
-    return found
 
 # %% ../../nbs/training/05_distributed.ipynb #b4aa75e2
 def launch(target: str, arguments: dict, *, workers: int = 2, threads: int | None = None, ports=None, **team):
@@ -426,10 +427,10 @@ def _checked_ports(ports, n):
                 raise ConfigError(f"port {port} cannot be used ({error.strerror.lower()})", remedy="give other ports, or none: free ones are found") from error
     return list(ports)
 
-# %% ../../nbs/training/05_distributed.ipynb #f9b24c52
+# %% ../../nbs/training/05_distributed.ipynb #a3b909f4
 def _start(folder, rank):
     """One worker; when its stdin closes because this process died, it ends too."""
-    env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     with open(folder / f"log-{rank}", "wb") as log:
         return subprocess.Popen([sys.executable, "-m", "medimg.training.distributed", str(folder), str(rank)], stdin=subprocess.PIPE, stdout=log, stderr=log,
                                 env=env, start_new_session=True)
@@ -632,7 +633,7 @@ def _ray(address):
         raise ConfigError("the engine ray is not installed", remedy='pip install "medimg[ray]"') from error
     return ray
 
-# %% ../../nbs/training/05_distributed.ipynb #65706798
+# %% ../../nbs/training/05_distributed.ipynb #57a0b7a6
 @contextlib.contextmanager
 def _ray_session(ray, address, cpus):
     """A folder for Ray's own files, within a session that is ended only if it was begun here."""
@@ -647,10 +648,14 @@ def _ray_session(ray, address, cpus):
                 ray.shutdown()
 
 
-def _begin(ray, options):
+def _begin(ray, options, *, tries=3):
+    """Start or join Ray. On a busy computer its parts miss each other for half a minute, and the second start, from warm files, succeeds."""
     try:
         ray.init(log_to_driver=False, logging_level="error", **options)
     except Exception as error:      # Ray's reasons have no common base
+        ray.shutdown()
+        if tries > 1 and "timed out" in str(error):
+            return _begin(ray, options, tries=tries - 1)
         remedy = "check --address" if "address" in options else "try again when the computer is less busy"
         raise ConfigError(f"Ray does not start ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]})", remedy=remedy) from error
 
@@ -672,11 +677,10 @@ def _ray_part(loop):
         _fit_part(team, folder, **loop["options"])
     team.total(np.zeros(1))
 
-# %% ../../nbs/training/05_distributed.ipynb #06b48e3b
+# %% ../../nbs/training/05_distributed.ipynb #e65ed37a
 def _typed(error):
     """The typed error at the root of what Ray raises, or one that says what is lost."""
     seen, text = error, str(error)
-    if os.environ.get("DBG"): print({k: str(v)[-3000:] for k, v in getattr(error, "worker_failures", {}).items()})
     while seen is not None:
         if isinstance(seen, MedimgError):
             return seen
