@@ -49,10 +49,10 @@ def read(path, *, series_uid: str | None = None, progress: bool = False, **optio
         return volume.from_nifti(path)
     return dicom.read(path, series_uid=series_uid, progress=progress, **options)
 
-# %% ../nbs/foundations/api.ipynb #1c1047c9
+# %% ../nbs/foundations/api.ipynb #df83982c
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",
           seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True,
-          recipe=None):
+          recipe=None, **spread):
     """Train a network on a data set; the same call again resumes a run that was cut off.
 
     Parameters
@@ -73,6 +73,8 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
         Continue a checkpoint found in `out`; show progress.
     recipe : Recipe, optional
         Default: `recipe_for` the data set.
+    **spread
+        `workers`, `engine`, `address`, `accumulate`, `threads` as in `medimg.training.distributed.fit_workers`: several processes share each batch.
 
     Returns
     -------
@@ -104,8 +106,10 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     config, preprocess = replace(config, **changes), preprocess or recipe.preprocessor(dataset.images)
     name, options = model or recipe.model, recipe.model_options if model_options is None and model in (None, recipe.model) else model_options or {}
     network = build_model(name, preprocess.batch(dataset.images[:1]).shape[1:], len(dataset.classes), task=dataset.task, seed=config.seed, **options)
+    if spread := {key: value for key, value in spread.items() if value is not None}:
+        from medimg.training.distributed import fit_workers as fit
     run = fit(network, dataset, config, preprocessor=preprocess, out=out, progress=progress, resume=resume,
-              about={"name": recipe.name, "model": name, "model_options": options})
+              about={"name": recipe.name, "model": name, "model_options": options}, **spread)
     write_atomic(Path(out) / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")
     return run
 

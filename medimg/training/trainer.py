@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'make_loss', 'log_loss', 'rank_auc', 'by_patient', 'choose_threshold', 'TrainState', 'fit']
 
-# %% ../../nbs/training/02_trainer.ipynb #784f1308
+# %% ../../nbs/training/02_trainer.ipynb #277070b7
 import contextlib
 import hashlib
 import json
@@ -233,7 +233,7 @@ def choose_threshold(y, p) -> float:
     best = cuts[youden == youden.max()]
     return float(best[np.argmin(abs(best - 0.5))])
 
-# %% ../../nbs/training/02_trainer.ipynb #f82f9e44
+# %% ../../nbs/training/02_trainer.ipynb #aca2a033
 class TrainState:
     """A network together with everything its training remembers.
 
@@ -247,6 +247,8 @@ class TrainState:
         `loss(y, logits) -> scalar`, as from `make_loss`.
     scales : dict of str to float, optional
         Variable path to a multiplier of its learning rate; 1 for those that are not named.
+    team : medimg.training.distributed.Team, optional
+        The other workers, whose gradients are averaged with this one's before clipping.
 
     Examples
     --------
@@ -255,7 +257,7 @@ class TrainState:
     0.6931
     """
 
-    def __init__(self, model, config: TrainConfig, loss, scales=None):
+    def __init__(self, model, config: TrainConfig, loss, scales=None, team=None):
         import keras
         import tensorflow as tf
         self.model, self.config = model, config
@@ -263,7 +265,7 @@ class TrainState:
         self.optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(w, trainable=False) for w in model.get_weights()]
-        self._step = _graph_of_step(self, loss, _checked_scales(model, scales))
+        self._step = _graph_of_step(self, loss, _checked_scales(model, scales), team)
         self._forward = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
     def step(self, x, y, number: int, rate: float) -> float:
@@ -317,7 +319,7 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #5abc6e58
+# %% ../../nbs/training/02_trainer.ipynb #46b4642d
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
@@ -339,18 +341,21 @@ def _checked_scales(model, scales):
     return [(known[path], float(scale)) for path, scale in (scales or {}).items() if scale != 1]
 
 
-def _graph_of_step(state, loss, scales):
-    """One training step as a graph: gradient, clip, AdamW (a share of it where a variable has a scale of its own), running average."""
+def _graph_of_step(state, loss, scales, team=None):
+    """One training step as a graph: gradient (a team's mean), clip, AdamW (a share of it where a variable has a scale of its own), running average."""
     import tensorflow as tf
     model, optimizer, clip_norm = state.model, state.optimizer, state.config.clip_norm
+
+    def gradient(x, y):
+        with tf.GradientTape() as tape, fused_norms(model):
+            value = loss(y, model(x, training=True))
+            total = tf.add_n([value, *model.losses])
+        return total, tape.gradient(total, [v.value for v in model.trainable_variables])
 
     @tf.function(reduce_retracing=True)
     def step(x, y, rate, decay):
         optimizer.learning_rate.assign(rate)
-        with tf.GradientTape() as tape, fused_norms(model):
-            value = loss(y, model(x, training=True))
-            total = tf.add_n([value, *model.losses])
-        gradients = tape.gradient(total, [v.value for v in model.trainable_variables])
+        total, gradients = team.mean(gradient, model, x, y) if team else gradient(x, y)
         norm = tf.linalg.global_norm(gradients)
         if clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
@@ -364,20 +369,21 @@ def _graph_of_step(state, loss, scales):
 
     return step
 
-# %% ../../nbs/training/02_trainer.ipynb #9b5f7026
+# %% ../../nbs/training/02_trainer.ipynb #2af9e286
 class _Run:
     """One training run in its folder: what is fixed (data, plan, fingerprint) and what moves (epoch, history, best weights)."""
 
-    def __init__(self, model, dataset, config, preprocessor, out, metrics):
+    def __init__(self, model, dataset, config, preprocessor, out, metrics, team=None):
         self.model, self.dataset, self.config, self.preprocessor = model, dataset, config, preprocessor
         self.out = Path(out)
         self.train, self.val = _folds(dataset)
         self.batch = min(config.batch_size, len(self.train))
+        self.batches = team.shared(self.batch) if team else batches
         self.steps = len(self.train) // self.batch
         self.tensors, self.x_val = to_tensors(self.train, preprocessor), to_tensors(self.val, preprocessor).x
         self.metrics = metrics
         self.fingerprint = _fingerprint(model, dataset, config, preprocessor)
-        self.state = TrainState(model, config, _loss_for(dataset, self.train, config))
+        self.state = TrainState(model, config, _loss_for(dataset, self.train, config), team=team)
         self.epoch, self.history, self.best, self.best_epoch = 0, [], model.get_weights(), 0
         self.status, self.wall_s, self.resumed, self.platform = "running", 0.0, 0, _platform()
 
@@ -463,7 +469,7 @@ def _same_run(facts, run):
         raise ConfigError(f"the folder holds another run ({'; '.join(differs)})", path=run.out,
                           remedy="give another --out, or start over with --fresh (resume=False)")
 
-# %% ../../nbs/training/02_trainer.ipynb #8fce63af
+# %% ../../nbs/training/02_trainer.ipynb #315e519e
 class _Diverged(Exception):
     """What is known about the batch in which a run ended: `facts` go into diverged.json."""
 
@@ -479,7 +485,7 @@ def _train_epoch(run, advance):
     """One pass over the training images; returns the mean loss."""
     run.state.reseed(run.epoch)
     total = 0.0
-    stream = batches(run.tensors, batch_size=run.batch, seed=run.config.seed, epoch=run.epoch, augment=run.config.augment)
+    stream = run.batches(run.tensors, batch_size=run.batch, seed=run.config.seed, epoch=run.epoch, augment=run.config.augment)
     for i, (x, y) in zip(range(run.steps), _ahead(stream)):
         number = run.epoch * run.steps + i
         loss = run.state.step(x, y, number, run.rate(number))
@@ -644,9 +650,9 @@ class _Reporter:
         elif self.wanted:
             self.say(text)
 
-# %% ../../nbs/training/02_trainer.ipynb #5b8a1e5a
+# %% ../../nbs/training/02_trainer.ipynb #e5340c91
 def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True, tensorboard=False, resume=True, metrics=None,
-        on_epoch=None, about=None) -> RunRecord:
+        on_epoch=None, about=None, team=None) -> RunRecord:
     """Train a network, keep its best averaged weights, and leave a complete record in a folder.
 
     Killed at any moment, the same call goes on and ends with the same weights as if it had never stopped: bit for bit under the
@@ -678,6 +684,8 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
         resumed: a search stops a poor trial this way. Epochs that a resumed run finds done are not told again.
     about : dict, optional
         `name`, `model` and `model_options` for the record.
+    team : medimg.training.distributed.Team, optional
+        Share each batch with other workers, or split it to save memory; the weights are the same up to rounding.
 
     Returns
     -------
@@ -704,7 +712,7 @@ def fit(model, dataset, config: TrainConfig, *, preprocessor, out, progress=True
     import tensorflow as tf
     tf.config.experimental.enable_op_determinism()
     _check_folder(Path(out), resume)
-    run = _Run(model, dataset, config, preprocessor, out, metrics)
+    run = _Run(model, dataset, config, preprocessor, out, metrics, team)
     reporter, told = _Reporter(run, progress), [on_epoch] if on_epoch else []
     if tensorboard:
         told.insert(0, lambda row: write_events(run.out / "tensorboard", run.history))
