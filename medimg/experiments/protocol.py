@@ -334,7 +334,7 @@ class Experiment:
 def _entry(module, name, minutes, about, part="models"):
     return name, Experiment(f"medimg.experiments.{module}:{name.replace('-', '_')}", minutes, about, part)
 
-# %% ../../nbs/experiments/00_protocol.ipynb #ce6acc7f
+# %% ../../nbs/experiments/00_protocol.ipynb #bb9e457f
 EXPERIMENTS = dict((
     _entry("ensemble", "scratch-pneumonia", 3, "a network of NumPy alone on PneumoniaMNIST"),
     _entry("classifiers", "resnet-pneumonia", 12, "the small ResNet on PneumoniaMNIST, three seeds"),
@@ -355,6 +355,7 @@ EXPERIMENTS = dict((
     _entry("sequence", "scan-level", 12, "only the scan is labelled: which pooling over slices"),
     _entry("classical", "deep-vs-classical", 20, "radiomics and forests against networks, same folds"),
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
+    _entry("crossval", "crossval-medmnist", 25, "five grouped folds of two data sets, three times over, beside the test results", part="training"),
 ))
 
 # %% ../../nbs/experiments/00_protocol.ipynb #611711d4
