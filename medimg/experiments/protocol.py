@@ -332,7 +332,7 @@ class Experiment:
 def _entry(module, name, minutes, about, part="models"):
     return name, Experiment(f"medimg.experiments.{module}:{name.replace('-', '_')}", minutes, about, part)
 
-# %% ../../nbs/experiments/00_protocol.ipynb #ce6acc7f
+# %% ../../nbs/experiments/00_protocol.ipynb #e6d1e025
 EXPERIMENTS = dict((
     _entry("ensemble", "scratch-pneumonia", 3, "a network of NumPy alone on PneumoniaMNIST"),
     _entry("classifiers", "resnet-pneumonia", 12, "the small ResNet on PneumoniaMNIST, three seeds"),
@@ -353,6 +353,7 @@ EXPERIMENTS = dict((
     _entry("sequence", "scan-level", 12, "only the scan is labelled: which pooling over slices"),
     _entry("classical", "deep-vs-classical", 20, "radiomics and forests against networks, same folds"),
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
+    _entry("tuning", "tune-pneumonia", 25, "twenty trials on the settings of the pneumonia network, stopped early and killed twice", part="training"),
 ))
 
 # %% ../../nbs/experiments/00_protocol.ipynb #d569f413
