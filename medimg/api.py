@@ -138,7 +138,7 @@ def _load(name, data, n, *, seed=0, quiet=True):
 def _remedy(name):
     return f"run medimg data fetch {name}, or let MEDIMG_DATA name its folder"
 
-# %% ../nbs/foundations/api.ipynb #58e7c18e
+# %% ../nbs/foundations/api.ipynb #71415323
 def tune(dataset, *, out, space: dict | None = None, search=None, model: str | None = None, profile: str = "full", seed: int | None = None, epochs: int | None = None,
          data: str = "auto", n: int | None = None, metric: str = "auc", cost: str | None = None, progress: bool = True):
     """Search for the settings of a training; the same call again goes on with a search that was cut off.
@@ -150,7 +150,7 @@ def tune(dataset, *, out, space: dict | None = None, search=None, model: str | N
     out : str or Path
         Folder of the search: the study, `search.json`, and a run folder for each trial.
     space : dict, optional
-        Setting to range or choices, as in `medimg.training.tuning.check_space`; default `DEFAULT_SPACE` there.
+        Setting to range or choices, as in `medimg.training.tuning.check_space`; default `medimg.training.tuned.DEFAULT_SPACE`.
     search : medimg.training.tuning.SearchConfig, optional
         Number of trials, pruner, workers, engine, database.
     model : str, optional
@@ -158,7 +158,7 @@ def tune(dataset, *, out, space: dict | None = None, search=None, model: str | N
     profile, seed, epochs, data, n
         As in `train`.
     metric, cost
-        As in `medimg.training.tuning.TrainObjective`.
+        As in `medimg.training.tuned.TrainObjective`.
     progress : bool
         Print a line a trial.
 
@@ -179,8 +179,8 @@ def tune(dataset, *, out, space: dict | None = None, search=None, model: str | N
     Traceback (most recent call last):
     medimg.errors.ConfigError: cannot search over 'learning_rat'; did you mean learning_rate?
     """
-    from medimg.training.tuning import DEFAULT_SPACE, TrainObjective
-    from medimg.training.tuning import tune as run_search
+    from medimg.training.tuned import DEFAULT_SPACE, TrainObjective
+    from medimg.training.tuned import tune as run_search
     recipe = recipe_for(dataset if isinstance(dataset, str) else dataset.name)
     dataset = _training_data(dataset, recipe, profile, data, n, quiet=not progress)
     options = recipe.model_options if model in (None, recipe.model) else {}

@@ -271,7 +271,7 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
     _say(facts, f"{run.status} after {len(run.history)} epochs, {run.wall_s:.0f} s; validation: "
          + ", ".join(f"{k} {v:.4f}" for k, v in run.metrics.items()) + f"\nnext: medimg evaluate {out}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #4481b975
+# %% ../nbs/foundations/cli.ipynb #71791690
 @app.command()
 def tune(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
          out: Annotated[Path, typer.Option(help="Folder of the search; the same command again goes on with it.")],
@@ -293,7 +293,8 @@ def tune(dataset: Annotated[str, typer.Argument(help="A registered data set; see
          picture: Annotated[Path | None, typer.Option(help="Also draw trials and importance into this .png.")] = None, as_json: AsJson = False, quiet: Quiet = False):
     """Search for settings of a training; killed or stopped, the same command goes on. No trial sees the test fold."""
     from medimg import api
-    from medimg.training.tuning import SearchConfig, draw_search, parse_space
+    from medimg.training.tuned import draw_search
+    from medimg.training.tuning import SearchConfig, parse_space
     options = {"pruner": pruner, "sampler": sampler, "workers": workers, "engine": engine, "address": address, "storage": storage, "name": name, "seed": seed}
     config, ranges = SearchConfig(trials=trials, **options), parse_space(space) if space else None
     found = api.tune(dataset, out=out, space=ranges, search=config, model=model, profile=profile, epochs=epochs, data=data, n=n, cost=cost, progress=not quiet and not as_json)

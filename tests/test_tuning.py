@@ -16,9 +16,11 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from medimg.errors import ConfigError, MedimgError
+from medimg.training import study as study_module
 from medimg.training import tuning
 from medimg.training.crossval import cross_validate, patient_folds
-from medimg.training.tuning import SearchConfig, TrainObjective, check_space, parse_space, search, search_inside, tune
+from medimg.training.tuned import TrainObjective, search_inside, tune
+from medimg.training.tuning import SearchConfig, check_space, parse_space, search
 
 SPACE = {"a": ("log", 0.1, 9.0), "w": (8, 16), "k": ("int", 1, 4)}
 SOAK = os.environ.get("MEDIMG_SOAK", "") not in ("", "0")
@@ -137,7 +139,8 @@ import sys
 from medimg.data.datasets import load_dataset
 from medimg.training.record import TrainConfig
 from medimg.training.recipes import plain_recipe
-from medimg.training.tuning import SearchConfig, TrainObjective, search
+from medimg.training.tuned import TrainObjective
+from medimg.training.tuning import SearchConfig, search
 data = load_dataset("phantom-cxr", data="phantom", n=60, quiet=True)
 plain = plain_recipe("phantom-cxr")
 train = TrainObjective(data, TrainConfig(epochs=4, batch_size=16), plain.preprocessor(data.images), model_options={"blocks": [1]})
@@ -329,7 +332,7 @@ def test_without_ray_or_a_driver_the_message_says_what_to_install(tmp_path, monk
 
 
 def test_a_locked_or_damaged_database_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(study_module, "_PATIENCE_S", 0.2)
     whole = run(out=tmp_path)
     other = sqlite3.connect(tmp_path / "study.db")
     other.execute("BEGIN EXCLUSIVE")
@@ -352,7 +355,7 @@ def test_a_folder_or_study_of_another_search_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="another folder"):
         run(out=tmp_path / "c", storage=url)
     assert run(out=tmp_path / "c", storage=url, name="mine").table() == first.table() == run(out=tmp_path / "b", storage=url).table()
-    with tuning._alone(tmp_path / "b"), pytest.raises(ConfigError, match="another search works"):
+    with study_module._alone(tmp_path / "b"), pytest.raises(ConfigError, match="another search works"):
         run(out=tmp_path / "b", storage=url)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'SIZES', 'pneumonia_objective', 'search_pneumonia', 'tune_pneumonia']
 
-# %% ../../nbs/experiments/09_tuning.ipynb #302d4993
+# %% ../../nbs/experiments/09_tuning.ipynb #bec849d9
 import json
 import signal
 import subprocess
@@ -21,7 +21,8 @@ from ..data.datasets import drop_shared, load_dataset
 from ..evaluation.metrics import auc
 from .protocol import Run, difference_figure, plain_figure, seeds_figure
 from ..training.recipes import recipe
-from ..training.tuning import Search, SearchConfig, TrainObjective, tune
+from ..training.tuned import TrainObjective, tune
+from ..training.tuning import Search, SearchConfig
 
 #: What is searched; the recipe's own values lie inside.
 SPACE = {"learning_rate": ("log", 3e-4, 3e-2), "weight_decay": ("log", 1e-3, 0.5), "label_smoothing": ("uniform", 0.0, 0.2), "dropout": ("uniform", 0.0, 0.5), "width": (8, 16, 24)}
