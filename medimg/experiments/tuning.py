@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'SIZES', 'pneumonia_objective', 'search_pneumonia', 'tune_pneumonia']
 
-# %% ../../nbs/experiments/09_tuning.ipynb #bec849d9
+# %% ../../nbs/experiments/09_tuning.ipynb #a55728f2
 import json
 import signal
 import subprocess
@@ -25,7 +25,7 @@ from ..training.tuned import TrainObjective, tune
 from ..training.tuning import Search, SearchConfig
 
 #: What is searched; the recipe's own values lie inside.
-SPACE = {"learning_rate": ("log", 3e-4, 3e-2), "weight_decay": ("log", 1e-3, 0.5), "label_smoothing": ("uniform", 0.0, 0.2), "dropout": ("uniform", 0.0, 0.5), "width": (8, 16, 24)}
+SPACE = {"learning_rate": ("log", 1e-3, 3e-2), "weight_decay": ("log", 1e-3, 0.5), "label_smoothing": ("uniform", 0.0, 0.2), "dropout": ("uniform", 0.0, 0.4), "width": (8, 12, 16)}
 #: What each profile does: trials, epochs of each, images, and after how many finished trials the search is killed.
 SIZES = {"ci": dict(trials=3, epochs=2, n=96, kills=()), **dict.fromkeys(("course", "full"), dict(trials=20, epochs=12, n=None, kills=(5, 12)))}
 
@@ -74,9 +74,9 @@ def search_pneumonia(out, profile: str, data: str = "auto") -> Search:
     >>> search_pneumonia("runs/search", "course").best.params["width"]                      # doctest: +SKIP
     16
     """
-    return tune(pneumonia_objective(profile, data)[1], SPACE, SearchConfig(trials=SIZES[profile]["trials"]), out=out, progress=False)
+    return tune(pneumonia_objective(profile, data)[1], SPACE, SearchConfig(trials=SIZES[profile]["trials"], first_rung=1 if profile == "ci" else 2, eta=4), out=out, progress=False)
 
-# %% ../../nbs/experiments/09_tuning.ipynb #08729580
+# %% ../../nbs/experiments/09_tuning.ipynb #e799160e
 def _finished(out):
     """number -> (state, params, reports, time of the last checkpoint) of each finished trial, as JSON would give it back."""
     import optuna
@@ -105,11 +105,13 @@ def _killed_search(run: Run, out: Path) -> list:
     for point in SIZES[run.profile]["kills"][len(kills):]:
         started = time.time()
         process = subprocess.Popen([sys.executable, "-c", code, str(out), run.profile, run.data], stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(_finished(out)) < point:
-            time.sleep(1)
-        time.sleep(rng.uniform(0, 15))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            while process.poll() is None and len(_finished(out)) < point:
+                time.sleep(1)
+            time.sleep(rng.uniform(0, 15))
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         kills.append({"finished": _finished(out), "touched": _touched(out), "seconds": round(time.time() - started, 1), "signal": -process.returncode})
         run.say(f"killed with {len(kills[-1]['finished'])} trials finished")
         write_atomic(notes, json.dumps(kills, indent=1, sort_keys=True))

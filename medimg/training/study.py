@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_study']
 
-# %% ../../nbs/training/03a_study.ipynb #0f54b660
+# %% ../../nbs/training/03a_study.ipynb #a2e2582c
 import contextlib
 import json
 import math
@@ -21,7 +21,7 @@ import numpy as np
 from ..config import sha256_of
 from ..errors import ConfigError, MedimgError
 from .trainer import _in_notebook
-from .tuning import SearchConfig, Trial, _decoded, _distributions, _line, _optuna, _pruner, _sampler
+from .tuning import SearchConfig, Trial, _decoded, _distributions, _line, _optuna, _pruner, _quiet, _sampler
 
 _PATIENCE_S = 30    # how long a locked database is waited for
 
@@ -233,7 +233,7 @@ def _finished(job, storage):
     trials = [t for t in job.study(storage).get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")]
     return [_trial(job, t) for t in trials]
 
-# %% ../../nbs/training/03a_study.ipynb #1d31f084
+# %% ../../nbs/training/03a_study.ipynb #b727e6f6
 def _in_processes(job, count):
     """`count` trials, `workers` at a time."""
     from joblib import Parallel, delayed, parallel_config
@@ -255,19 +255,7 @@ def _as_worker(job, threads):
     with _quiet(), _lock(job.out / ".workers", "shared", patience_s=math.inf), _database_errors(job.url):
         _one_trial(job, job.study(_storage(job.url)))
 
-
-@contextlib.contextmanager
-def _quiet():
-    """Optuna tells errors only, within the block."""
-    logs = _optuna().logging
-    before = logs.get_verbosity()
-    logs.set_verbosity(logs.ERROR)
-    try:
-        yield
-    finally:
-        logs.set_verbosity(before)
-
-# %% ../../nbs/training/03a_study.ipynb #998365b0
+# %% ../../nbs/training/03a_study.ipynb #5e164721
 def _ray():
     try:
         import ray
@@ -283,6 +271,10 @@ def _ray_searcher(job, storage, metric, mode):
     pruned = _optuna().trial.TrialState.PRUNED
 
     class Truthful(OptunaSearch):
+        def on_trial_result(self, trial_id, result):
+            if not result.get("final"):
+                super().on_trial_result(trial_id, result)
+
         def on_trial_complete(self, trial_id, result=None, error=False):
             trial = self._ot_trials[trial_id]
             if error or not result or trial_id in self._completed_trials:

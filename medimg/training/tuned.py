@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FIXED', 'DEFAULT_SPACE', 'searchable', 'TrainObjective', 'tune', 'draw_search', 'search_inside']
 
-# %% ../../nbs/training/03b_tuned.ipynb #f82c34ef
+# %% ../../nbs/training/03b_tuned.ipynb #35f7d18b
 import contextlib
 import json
+import logging
 import math
 import tempfile
 import time
@@ -135,7 +136,7 @@ class TrainObjective:
         """Train with `params`, `report` each epoch's validation score, and return the score of the weights that were kept in `folder`."""
         return _train_and_score(self, params, report, Path(folder or tempfile.mkdtemp()))
 
-# %% ../../nbs/training/03b_tuned.ipynb #8b0b05cc
+# %% ../../nbs/training/03b_tuned.ipynb #a9cbc9e9
 def _train_and_score(job, params, report, folder):
     from medimg.models.networks import build_model
     settings = {k: v for k, v in params.items() if k in TrainConfig.__dataclass_fields__}
@@ -144,6 +145,7 @@ def _train_and_score(job, params, report, folder):
     net = build_model(job.model, job.preprocessor.batch(job.dataset.images[:1]).shape[1:], len(job.dataset.classes), task=job.dataset.task, seed=config.seed, **options)
     for row in _epochs_done(folder):
         report(row["epoch"], row[f"val_{job.metric}"])
+    logging.getLogger("tensorflow").addFilter(_not_about_retracing)
     try:
         run = fit(net, job.dataset, config, preprocessor=job.preprocessor, out=folder, progress=False, on_epoch=lambda row: report(row["epoch"], row[f"val_{job.metric}"]),
                   about={"name": job.dataset.name, "model": job.model, "model_options": options})
@@ -153,6 +155,11 @@ def _train_and_score(job, params, report, folder):
         run = RunRecord.load(folder)
     score = math.nan if run.status == "diverged" else run.metrics[job.metric]
     return score if job.cost is None else (score, _cost(net, job.cost))
+
+
+def _not_about_retracing(record):
+    """Each trial has a graph of its own, which TensorFlow takes for a mistake."""
+    return "triggered tf.function retracing" not in record.getMessage()
 
 
 def _epochs_done(folder):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_space', 'parse_space', 'SearchConfig', 'Trial', 'Search', 'search']
 
-# %% ../../nbs/training/03_tuning.ipynb #a871c39a
+# %% ../../nbs/training/03_tuning.ipynb #d039820a
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -215,13 +216,25 @@ def _check_search(config):
     if config.address and config.engine != "ray":
         raise ConfigError("address names a Ray cluster, the engine is optuna", remedy="give engine ray, or leave the address out")
 
-# %% ../../nbs/training/03_tuning.ipynb #da80bf0a
+# %% ../../nbs/training/03_tuning.ipynb #865cdec1
 def _optuna():
     try:
         import optuna
     except ImportError:
         raise ConfigError("searches are run by Optuna", remedy='pip install "medimg[train]"') from None
     return optuna
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Optuna tells errors only, within the block."""
+    logs = _optuna().logging
+    before = logs.get_verbosity()
+    logs.set_verbosity(logs.ERROR)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(before)
 
 
 def _sampler(kind, seed):
@@ -376,7 +389,7 @@ def _signed(trial, config):
     """Scores with larger as better."""
     return [s if goal == "maximize" else -s for s, goal in zip(trial.scores, config.goals)]
 
-# %% ../../nbs/training/03_tuning.ipynb #b13c39b6
+# %% ../../nbs/training/03_tuning.ipynb #157c13c2
 def _importance(found, epoch):
     optuna = _optuna()
     epoch = found.config.rungs[0] if epoch is None and found.config.rungs else epoch
@@ -384,10 +397,11 @@ def _importance(found, epoch):
     seen = [t for t in found.trials if score[t.number] is not None and math.isfinite(score[t.number])]
     if len(seen) < 4:
         raise ConfigError(f"{len(seen)} trials have a score after epoch {epoch}", remedy="compare at an earlier epoch, or search longer")
-    study = optuna.create_study(direction=found.config.goals[0])
     make, kinds = optuna.trial.create_trial, _distributions(found.space)
-    study.add_trials([make(params={k: _plain(v) for k, v in t.params.items()}, distributions=kinds, value=score[t.number]) for t in seen])
-    return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
+    with _quiet():
+        study = optuna.create_study(direction=found.config.goals[0])
+        study.add_trials([make(params={k: _plain(v) for k, v in t.params.items()}, distributions=kinds, value=score[t.number]) for t in seen])
+        return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
 
 # %% ../../nbs/training/03_tuning.ipynb #36862db5
 def search(objective: Callable, space: dict, config: SearchConfig | None = None, *, out=None, plan: dict | None = None, first=(), progress: bool = True) -> Search:
