@@ -225,7 +225,7 @@ def _in_use(objective, space):
             known |= _inside({name: settings[name]}, space)
     return [known] if known else []
 
-# %% ../../nbs/training/03b_tuned.ipynb #680109da
+# %% ../../nbs/training/03b_tuned.ipynb #2cc14851
 def draw_search(found: Search):
     """The trials as lines over one axis for each setting, with the score as the last axis, and the importance of the settings beside it.
 
@@ -250,7 +250,7 @@ def draw_search(found: Search):
     _lines(left, found)
     right.barh(list(share)[::-1], list(share.values())[::-1], color="C0")
     when = f"after epoch {found.config.rungs[0]}" if found.config.rungs else "at the end"
-    right.set(xlim=(0, 1), xlabel="importance", title=f"what the scores {when} depend on")
+    right.set(xlim=(0, 1), xlabel="importance", title=f"scores {when}")
     return plots.Picture(figure, f"{len(found.trials)} trials as lines over {', '.join(found.space)} and the score; {next(iter(share))} matters most")
 
 
