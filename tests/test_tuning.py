@@ -240,10 +240,10 @@ def test_an_error_ends_the_search_and_the_next_call_takes_the_same_trial_up(tmp_
             raise RuntimeError("a bug")
         return curve(params, report, folder)
     with pytest.raises(RuntimeError, match="a bug"):
-        run(breaks, out=tmp_path)
-    found = run(breaks, out=tmp_path)
-    assert seen[3] == seen[4] and found.table() == run().table()
-    assert run(breaks, out=tmp_path, trials=14).table()[:12] == found.table() and len(seen) == 15, "a search that grows keeps what it has"
+        run(breaks, out=tmp_path, trials=6)
+    found = run(breaks, out=tmp_path, trials=6)
+    assert seen[3] == seen[4] and found.table() == run(trials=6).table()
+    assert run(breaks, out=tmp_path, trials=8).table()[:6] == found.table() and len(seen) == 9, "a search that grows keeps what it has"
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -253,9 +253,9 @@ def test_cut_while_the_half_made_trial_is_taken_out(tmp_path, monkeypatch, cut):
             raise KeyboardInterrupt
         stops.after -= 1
         return curve(params, report, folder)
-    stops.after = 5
+    stops.after = 2
     with pytest.raises(KeyboardInterrupt):
-        run(stops, out=tmp_path)
+        run(stops, out=tmp_path, trials=4)
     optuna, calls = tuning._optuna(), []
     real = {name: getattr(optuna, name) for name in ("delete_study", "create_study")}
 
@@ -269,9 +269,9 @@ def test_cut_while_the_half_made_trial_is_taken_out(tmp_path, monkeypatch, cut):
     for name in real:
         monkeypatch.setattr(optuna, name, counted(name))
     with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path)
+        run(out=tmp_path, trials=4)
     monkeypatch.undo()
-    assert run(out=tmp_path).table() == run().table()
+    assert run(out=tmp_path, trials=4).table() == run(trials=4).table()
 
 
 # ---- workers, Ray, databases ------------------------------------------------------------------------------------------------------
@@ -333,19 +333,21 @@ def test_without_ray_or_a_driver_the_message_says_what_to_install(tmp_path, monk
 
 def test_a_locked_or_damaged_database_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "_PATIENCE_S", 0.2)
-    whole = run(out=tmp_path)
+    whole = run(out=tmp_path, trials=3)
     other = sqlite3.connect(tmp_path / "study.db")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(MedimgError, match="locked by another program"):
-        run(out=tmp_path, trials=13)
+        run(out=tmp_path, trials=4)
     other.close()
-    assert run(out=tmp_path).table() == whole.table()
+    assert run(out=tmp_path, trials=3).table() == whole.table()
     (tmp_path / "study.db").write_bytes(b"not a database" * 100)
     with pytest.raises(MedimgError, match="does not answer"):
         run(out=tmp_path)
 
 
 def test_a_folder_or_study_of_another_search_is_refused(tmp_path):
+    def run(**options):
+        return globals()["run"](**{"trials": 3} | options)
     run(out=tmp_path / "a", plan={"data": "x"})
     for options, word in (({"space": SPACE | {"k": ("int", 1, 5)}}, "another space"), ({"plan": {"data": "y"}}, "another plan"), ({"seed": 1}, "another search"), ({"epochs": 8}, "another search")):
         with pytest.raises(ConfigError, match=word):

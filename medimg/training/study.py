@@ -321,7 +321,7 @@ def _by_ray(job, storage, count):
     if errors:
         raise MedimgError(f"{len(errors)} trials ended with an error ({str(errors[0]).strip().splitlines()[-1]})", path=job.out, remedy="mend it and run the same call again")
 
-# %% ../../nbs/training/03a_study.ipynb #fbcabf47
+# %% ../../nbs/training/03a_study.ipynb #d5d5dd25
 @contextlib.contextmanager
 def _ray_runtime(ray, config):
     """A Ray runtime: the one that is there, the one at `address`, or one on this machine for as long as the block lasts."""
@@ -330,10 +330,13 @@ def _ray_runtime(ray, config):
         yield
         return
     where = {"address": config.address} if config.address else {"num_cpus": config.workers, "include_dashboard": False}
-    try:
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:
-        raise MedimgError(f"Ray did not start ({str(error).splitlines()[0]})", remedy="check the address and the machine's load, or use engine optuna") from error
+    for attempts_left in (1, 0):            # Ray waits 30 s for itself, which a busy machine may need once, and not twice
+        try:
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+            break
+        except Exception as error:
+            if not attempts_left:
+                raise MedimgError(f"Ray did not start ({str(error).splitlines()[0]})", remedy="check the address and the machine's load, or use engine optuna") from error
     try:
         yield
     finally:
