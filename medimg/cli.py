@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'runs_app', 'bundle_app', 'scan', 'read', 'volume_facts',
            'write_volume', 'data_list', 'data_info', 'data_fetch', 'data_check', 'data_sheet', 'data_leaks',
-           'deidentify', 'train', 'evaluate', 'metrics_text', 'reproduce', 'runs_list', 'runs_compare', 'runs_plot',
-           'update', 'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text', 'demo',
-           'doctor', 'diagnose', 'main']
+           'deidentify', 'train', 'tune', 'evaluate', 'metrics_text', 'reproduce', 'runs_list', 'runs_compare',
+           'runs_plot', 'update', 'bundle_list', 'bundle_inspect', 'bundle_verify', 'predict', 'report', 'answers_text',
+           'demo', 'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #31a5cacf
 import json
@@ -277,6 +277,38 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
              "validation": run.metrics, "threshold": run.threshold, "dataset": run.dataset}
     _say(facts, f"{run.status} after {len(run.history)} epochs, {run.wall_s:.0f} s; validation: "
          + ", ".join(f"{k} {v:.4f}" for k, v in run.metrics.items()) + f"\nnext: medimg evaluate {out}", as_json)
+
+# %% ../nbs/foundations/cli.ipynb #71791690
+@app.command()
+def tune(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
+         out: Annotated[Path, typer.Option(help="Folder of the search; the same command again goes on with it.")],
+         space: Annotated[list[str] | None, typer.Option(help="NAME=log:0.0001:0.1, NAME=uniform:0:0.2, NAME=int:1:4 or NAME=8,16,24; repeatable.")] = None,
+         trials: Annotated[int, typer.Option(min=1, help="In all, those of an earlier call included.")] = 20,
+         pruner: Annotated[str | None, typer.Option(help="asha, hyperband or none; default: asha, none for two goals.")] = None,
+         sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+         cost: Annotated[str | None, typer.Option(help="A second goal: multiply_adds, parameters or latency_ms.")] = None,
+         workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+         engine: Annotated[str, typer.Option(help="optuna, or ray for many machines.")] = "optuna",
+         address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+         storage: Annotated[str | None, typer.Option(help="Database URL of the study, such as postgresql://user@host/base; default: SQLite in the folder.")] = None,
+         name: Annotated[str, typer.Option(help="Of the study in that database.")] = "search",
+         model: Annotated[str | None, typer.Option(help="Network; default: the data set's recipe.")] = None,
+         epochs: Annotated[int | None, typer.Option(min=1, max=10_000, help="Of each trial.")] = None,
+         seed: Annotated[int, typer.Option(min=0, help="Of the proposals.")] = 0,
+         profile: Annotated[str, typer.Option(help="ci, course or full: how much is done.")] = "full",
+         n: Annotated[int | None, typer.Option(help="About so many images.", min=20)] = None, data: DataOption = "auto",
+         picture: Annotated[Path | None, typer.Option(help="Also draw trials and importance into this .png.")] = None, as_json: AsJson = False, quiet: Quiet = False):
+    """Search for settings of a training; killed or stopped, the same command goes on. No trial sees the test fold."""
+    from medimg import api
+    from medimg.training.tuned import draw_search
+    from medimg.training.tuning import SearchConfig, parse_space
+    options = {"pruner": pruner, "sampler": sampler, "workers": workers, "engine": engine, "address": address, "storage": storage, "name": name, "seed": seed}
+    config, ranges = SearchConfig(trials=trials, **options), parse_space(space) if space else None
+    found = api.tune(dataset, out=out, space=ranges, search=config, model=model, profile=profile, epochs=epochs, data=data, n=n, cost=cost, progress=not quiet and not as_json)
+    facts = {**found.to_dict(), "best": [t.number for t in found.front]}
+    if picture:
+        facts["picture"] = str(draw_search(found).save(picture))
+    _say(facts, "\n".join([repr(found), *(f"next: medimg evaluate {out / t.folder}" for t in found.front[:1])]), as_json)
 
 # %% ../nbs/foundations/cli.ipynb #c4fa16d9
 @app.command()

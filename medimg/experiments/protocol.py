@@ -356,6 +356,7 @@ EXPERIMENTS = dict((
     _entry("classical", "deep-vs-classical", 20, "radiomics and forests against networks, same folds"),
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
     _entry("crossval", "crossval-medmnist", 25, "five grouped folds of two data sets, three times over, beside the test results", part="training"),
+    _entry("tuning", "tune-pneumonia", 25, "twenty trials on the settings of the pneumonia network, stopped early and killed twice", part="training"),
 ))
 
 # %% ../../nbs/experiments/00_protocol.ipynb #611711d4
