@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['read', 'train', 'tune', 'recipe_for', 'load_predictor', 'evaluate', 'update', 'load_bundle', 'predict', 'report']
 
-# %% ../nbs/foundations/api.ipynb #39ccff00
+# %% ../nbs/foundations/api.ipynb #37c43703
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from .config import RESEARCH_USE, cache_dir, profile_of, sha256_of, write_atomic
-from .errors import DatasetError
+from .errors import ConfigError, DatasetError
 
 # %% ../nbs/foundations/api.ipynb #4c0d794f
 def read(path, *, series_uid: str | None = None, progress: bool = False, **options):
@@ -49,10 +49,10 @@ def read(path, *, series_uid: str | None = None, progress: bool = False, **optio
         return volume.from_nifti(path)
     return dicom.read(path, series_uid=series_uid, progress=progress, **options)
 
-# %% ../nbs/foundations/api.ipynb #df83982c
+# %% ../nbs/foundations/api.ipynb #a50434bf
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",
           seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True,
-          recipe=None, **spread):
+          tensorboard: bool = False, recipe=None, **spread):
     """Train a network on a data set; the same call again resumes a run that was cut off.
 
     Parameters
@@ -73,6 +73,8 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
         Continue a checkpoint found in `out`; show progress.
     recipe : Recipe, optional
         Default: `recipe_for` the data set.
+    tensorboard : bool
+        Keep an event file for TensorBoard in the run folder; not with several workers.
     **spread
         `workers`, `engine`, `address`, `accumulate`, `threads` as in `medimg.training.distributed.fit_workers`: several processes share each batch.
 
@@ -102,6 +104,10 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     network = build_model(name, preprocess.batch(dataset.images[:1]).shape[1:], len(dataset.classes), task=dataset.task, seed=config.seed, **options)
     if spread := {key: value for key, value in spread.items() if value is not None}:
         from medimg.training.distributed import fit_workers as fit
+        if tensorboard:
+            raise ConfigError("tensorboard is written by a single process", remedy="leave out workers, engine and accumulate, or tensorboard")
+    else:
+        spread = {"tensorboard": tensorboard}
     run = fit(network, dataset, config, preprocessor=preprocess, out=out, progress=progress, resume=resume,
               about={"name": recipe.name, "model": name, "model_options": options}, **spread)
     write_atomic(Path(out) / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")

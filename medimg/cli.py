@@ -255,7 +255,7 @@ def deidentify(source: Annotated[Path, typer.Argument(help="A DICOM folder or fi
     _say(report.to_dict(), str(report), as_json)
     raise typer.Exit(report.exit_code)
 
-# %% ../nbs/foundations/cli.ipynb #6cb1c05e
+# %% ../nbs/foundations/cli.ipynb #366cccf9
 @app.command()
 def train(dataset: Annotated[str, typer.Argument(help="A registered data set; see `medimg data list`.")],
           out: Annotated[Path, typer.Option(help="Run folder; the same command again resumes it.")],
@@ -268,11 +268,13 @@ def train(dataset: Annotated[str, typer.Argument(help="A registered data set; se
           accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a worker computes its share of a batch, for less memory.")] = None,
           engine: Annotated[str | None, typer.Option(help="local: processes of this machine; ray: Ray Train.")] = None,
           address: Annotated[str | None, typer.Option(help="Of a Ray cluster; --out is then a folder that all its machines see.")] = None,
+          tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Keep an event file for TensorBoard in the run folder.")] = False,
           as_json: AsJson = False, quiet: Quiet = False):
     """Train a network; Ctrl-C stops it, the same command goes on."""
     from medimg import api
     spread = {"workers": workers, "accumulate": accumulate, "engine": engine, "address": address}
-    run = api.train(dataset, out=out, model=model, epochs=epochs, seed=seed, profile=profile, data=data, n=n, resume=not fresh, progress=not quiet and not as_json, **spread)
+    run = api.train(dataset, out=out, model=model, epochs=epochs, seed=seed, profile=profile, data=data, n=n, resume=not fresh, progress=not quiet and not as_json,
+                    tensorboard=tensorboard, **spread)
     facts = {"run": str(out), "status": run.status, "epochs": len(run.history), "best_epoch": run.best_epoch, "wall_s": run.wall_s,
              "validation": run.metrics, "threshold": run.threshold, "dataset": run.dataset}
     _say(facts, f"{run.status} after {len(run.history)} epochs, {run.wall_s:.0f} s; validation: "
