@@ -633,7 +633,7 @@ def _ray(address):
         raise ConfigError("the engine ray is not installed", remedy='pip install "medimg[ray]"') from error
     return ray
 
-# %% ../../nbs/training/05_distributed.ipynb #57a0b7a6
+# %% ../../nbs/training/05_distributed.ipynb #56b23208
 @contextlib.contextmanager
 def _ray_session(ray, address, cpus):
     """A folder for Ray's own files, within a session that is ended only if it was begun here."""
@@ -670,6 +670,8 @@ def _ray_part(loop):
     """What each of Ray's workers does."""
     import ray.train
     rank, addresses = ray.train.get_context().get_world_rank(), json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"]
+    if loop["loopback"]:
+        addresses = ["127.0.0.1:" + address.rsplit(":", 1)[1] for address in addresses]
     team = join(addresses, rank, loopback=loop["loopback"], **loop["team"])
     with tempfile.TemporaryDirectory(prefix="medimg-") as folder:
         for name, content in loop["files"].items():
