@@ -23,7 +23,7 @@ from medimg.training import distributed
 from medimg.training.distributed import Team, fit_workers, launch, rehearse, step_seconds
 from medimg.training.record import RunRecord, TrainConfig, load_checkpoint
 from medimg.training.trainer import fit
-from test_trainer import assert_same_arrays, toy_dataset
+from test_trainer import assert_same_arrays, epochs_on_disk, toy_dataset
 
 CONFIG = TrainConfig(epochs=25, batch_size=16, learning_rate=3e-3, label_smoothing=0.1, class_weights=True, ema=0.9, weight_decay=0.01, seed=3)
 PLANS = [{"norm": "none", "dropout": 0.3}, {"norm": "batch", "dropout": 0.3}, {"norm": "batch", "dropout": 0.3, "synchronise": False}]
@@ -55,7 +55,7 @@ def refuse(team):
     team.total(np.zeros(1))
 
 
-def wait_for_ever(team, note):
+def wait_for_ever(team, note, files):
     Path(note).with_suffix(f".{team.rank}").write_text(str(os.getpid()))
     time.sleep(600)
 
@@ -152,7 +152,7 @@ def children():
 def kill_in(out, rank, epoch, delay_s):
     """Kill worker `rank` some time after the checkpoint of `epoch`; returns the thread."""
     def hunt():
-        while not ((out / "checkpoint.npz").exists() and load_checkpoint(out / "checkpoint.npz")[1]["epoch"] >= epoch):
+        while epochs_on_disk(out) < epoch:
             time.sleep(0.02)
         time.sleep(delay_s)
         os.kill(children()[rank], signal.SIGKILL)
@@ -180,6 +180,15 @@ def test_the_run_of_two_workers_is_that_of_one(uninterrupted, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "run").iterdir())
 
 
+def test_patients_are_known_to_the_workers(tmp_path):
+    from dataclasses import replace
+    data = toy_dataset()
+    data = replace(data, patient_ids=np.array([f"P{i // 4}" for i in range(len(data))]))
+    record = fit_workers(network(), data, replace(CONFIG, epochs=2, monitor="patient_auc"), preprocessor=Preprocessor([("scale", {"low": 0, "high": 255})]),
+                         out=tmp_path / "run", workers=2, progress=False)
+    assert "patient_auc" in record.metrics
+
+
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_kill_9_stops_all_and_the_resumed_run_is_bitwise_equal(tmp_path, uninterrupted, seed):
     draw = random.Random(seed)
@@ -198,9 +207,11 @@ def test_kill_9_stops_all_and_the_resumed_run_is_bitwise_equal(tmp_path, uninter
 
 
 def test_no_worker_outlives_a_killed_launcher(tmp_path):
-    code = "import sys; from medimg.training.distributed import launch; launch('test_distributed:wait_for_ever', {'note': sys.argv[1]})"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=env, stderr=subprocess.DEVNULL)
+    code = "import sys; from medimg.training.distributed import launch; launch('test_distributed:wait_for_ever', {'note': sys.argv[1], 'files': sys.argv[2]})"
+    scratch = tmp_path / "scratch"
+    (images := scratch / "images").mkdir(parents=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TMPDIR": str(scratch)}
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid"), str(images)], env=env, stderr=subprocess.DEVNULL)
     notes = [tmp_path / f"pid.{rank}" for rank in range(2)]
     while not all(note.exists() and note.read_text() for note in notes):
         assert launcher.poll() is None
@@ -211,6 +222,7 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path):
     while alive := [note for note in notes if Path(f"/proc/{note.read_text()}").exists()]:
         assert time.monotonic() < limit, alive
         time.sleep(0.05)
+    assert not [path.name for path in scratch.iterdir() if path.name.startswith(("medimg-", "images"))], "a copy of the images was left behind"
 
 
 def test_command_line(tmp_path):

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from medimg.data.datasets import ImageDataset
 from medimg.data.preprocess import Preprocessor
 from medimg.errors import ConfigError, DatasetError, MedimgError
-from medimg.training.record import RunRecord, TrainConfig, environment, has_checkpoint, history_csv, latest_checkpoint, load_checkpoint, save_checkpoint
+from medimg.training.record import RunRecord, TrainConfig, environment, history_csv, latest_checkpoint, load_checkpoint, save_checkpoint
 from medimg.training.trainer import TrainState, by_patient, choose_threshold, fit, learning_rate_at, log_loss, make_loss, rank_auc
 
 CONFIG = TrainConfig(epochs=6, batch_size=16, learning_rate=3e-3, warmup_epochs=1, label_smoothing=0.1, class_weights=True, ema=0.9,
@@ -74,10 +74,16 @@ def start(out):
     return subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(out)], stderr=subprocess.PIPE, text=True)
 
 
+def epochs_on_disk(out):
+    """How many rows history.csv has; -1 before the first checkpoint. Only looks: a reader must not take part in the renaming of checkpoints."""
+    file = Path(out) / "history.csv"
+    return len(file.read_text().splitlines()) - 1 if file.exists() else -1
+
+
 def wait_for_epoch(out, epoch, process, limit_s=120):
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        if has_checkpoint(Path(out) / "checkpoint.npz") and latest_checkpoint(Path(out) / "checkpoint.npz")[1]["epoch"] >= epoch:
+        if epochs_on_disk(out) >= epoch:
             return
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.02)

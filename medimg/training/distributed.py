@@ -109,7 +109,7 @@ def _agree(team, facts):
         if (column != column[0]).any():
             raise MedimgError(f"the workers hold different {name}", remedy="let all of them see the same folder and the same files")
 
-# %% ../../nbs/training/05_distributed.ipynb #63fbbe94
+# %% ../../nbs/training/05_distributed.ipynb #95499709
 def _reduced(tensor):
     import tensorflow as tf
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
@@ -129,10 +129,12 @@ def _over_parts(team, gradient, model, x, y):
         with _one_batch(team, model, i):
             loss, gradients = gradient(xs[i], ys[i])
         unused[:] = [g is None for g in gradients]
-        return i + 1, flat + tf.concat([[loss], *[tf.zeros(n) if g is None else tf.reshape(g, [-1]) for g, n in zip(gradients, sizes)]], 0)
+        return flat + tf.concat([[loss], *[tf.zeros(n) if g is None else tf.reshape(g, [-1]) for g, n in zip(gradients, sizes)]], 0)
 
     flat = tf.zeros(1 + sum(sizes))
-    flat = part(0, flat)[1] if k == 1 else tf.while_loop(lambda i, _: i < k, part, (0, flat), parallel_iterations=1)[1]
+    for i in range(k):                                              # not a loop of the graph: within one, workers may not ask each other
+        with tf.control_dependencies([flat]):                       # one part after the other, for the sake of memory
+            flat = part(i, flat)
     flat = (_reduced(flat) if team.strategy else flat) / (team.size * k)
     loss, *gradients = tf.split(flat, [1, *sizes])
     return loss[0], [None if skip else tf.reshape(g, v.shape) for g, v, skip in zip(gradients, model.trainable_variables, unused)]
@@ -481,14 +483,14 @@ def _stop(crew):
     for worker in crew:
         worker.stdin.close()
 
-# %% ../../nbs/training/05_distributed.ipynb #fcea91f2
+# %% ../../nbs/training/05_distributed.ipynb #8c82c287
 def _work(folder, rank):
     """A worker's life: join, run the target, wait for the others; returns the exit code."""
     folder, rank = Path(folder), int(rank)
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()      # the launcher is gone
     if rank == 0:
         sys.stderr = open(folder / "said", "w", buffering=1, encoding="utf-8")
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    threading.Thread(target=_left_alone, args=(folder, job["arguments"].get("files")), daemon=True).start()
     try:
         team = join(job["addresses"], rank, loopback=os.environ.get("MEDIMG_LISTEN") != "all", **job["team"])
         answer = _run(job["target"], team, job["arguments"])
@@ -498,6 +500,14 @@ def _work(folder, rank):
     except MedimgError as error:
         write_atomic(folder / f"error-{rank}.json", json.dumps(error.to_dict()))
         return 2
+
+
+def _left_alone(*folders):
+    """Wait until the launcher is gone; then leave neither this worker nor the copy of the images behind."""
+    os.read(0, 1)
+    for folder in filter(None, folders):
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _run(target, team, arguments):
@@ -562,16 +572,17 @@ def fit_workers(model, dataset, config: TrainConfig, *, preprocessor, out, worke
     model.set_weights(load_model(Path(out) / "model.keras").get_weights())
     return RunRecord.load(out)
 
-# %% ../../nbs/training/05_distributed.ipynb #6b3856bc
+# %% ../../nbs/training/05_distributed.ipynb #69f57dff
 ENGINES = ("local", "ray")
-_FIELDS = ("name", "images", "labels", "splits", "task", "classes", "licence", "source")
+_FIELDS = ("name", "images", "labels", "splits", "task", "classes", "licence", "source", "patient_ids")
 
 
 def _pack(folder, model, dataset, preprocessor):
     """Network, data and preprocessing as files."""
     model.save(folder / "model.keras")
     preprocessor.save(folder / "preprocess.json")
-    np.savez(folder / "data.npz", **{name: np.asarray(getattr(dataset, name)) for name in _FIELDS})
+    columns = {name: getattr(dataset, name) for name in _FIELDS}
+    np.savez(folder / "data.npz", **{name: np.asarray(column) for name, column in columns.items() if column is not None})
 
 
 def _unpack(folder):
@@ -579,7 +590,7 @@ def _unpack(folder):
     from medimg.data.preprocess import Preprocessor
     from medimg.models.networks import load_model
     with np.load(folder / "data.npz", allow_pickle=False) as file:
-        columns = {name: file[name] if file[name].ndim else str(file[name]) for name in _FIELDS}
+        columns = {name: file[name] if file[name].ndim else str(file[name]) for name in file.files}
     return load_model(folder / "model.keras"), ImageDataset(**columns | {"classes": tuple(columns["classes"].tolist())}), Preprocessor.load(folder / "preprocess.json")
 
 
