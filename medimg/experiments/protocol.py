@@ -334,7 +334,7 @@ class Experiment:
 def _entry(module, name, minutes, about, part="models"):
     return name, Experiment(f"medimg.experiments.{module}:{name.replace('-', '_')}", minutes, about, part)
 
-# %% ../../nbs/experiments/00_protocol.ipynb #bb9e457f
+# %% ../../nbs/experiments/00_protocol.ipynb #b9a222d1
 EXPERIMENTS = dict((
     _entry("ensemble", "scratch-pneumonia", 3, "a network of NumPy alone on PneumoniaMNIST"),
     _entry("classifiers", "resnet-pneumonia", 12, "the small ResNet on PneumoniaMNIST, three seeds"),

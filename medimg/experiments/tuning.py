@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'SIZES', 'pneumonia_objective', 'search_pneumonia', 'tune_pneumonia']
 
-# %% ../../nbs/experiments/09_tuning.ipynb #a55728f2
+# %% ../../nbs/experiments/09_tuning.ipynb #045014e3
 import json
 import signal
 import subprocess
@@ -21,6 +21,7 @@ from ..data.datasets import drop_shared, load_dataset
 from ..evaluation.metrics import auc
 from .protocol import Run, difference_figure, plain_figure, seeds_figure
 from ..training.recipes import recipe
+from ..training.record import RunRecord
 from ..training.tuned import TrainObjective, tune
 from ..training.tuning import Search, SearchConfig
 
@@ -71,10 +72,10 @@ def search_pneumonia(out, profile: str, data: str = "auto") -> Search:
 
     Examples
     --------
-    >>> search_pneumonia("runs/search", "course").best.params["width"]                      # doctest: +SKIP
-    16
+    >>> len(search_pneumonia("runs/search", "course").trials)                               # doctest: +SKIP
+    20
     """
-    return tune(pneumonia_objective(profile, data)[1], SPACE, SearchConfig(trials=SIZES[profile]["trials"], first_rung=1 if profile == "ci" else 2, eta=4), out=out, progress=False)
+    return tune(pneumonia_objective(profile, data)[1], SPACE, SearchConfig(trials=SIZES[profile]["trials"], first_rung=1 if profile == "ci" else 2, eta=4), out=out, first=(), progress=False)
 
 # %% ../../nbs/experiments/09_tuning.ipynb #e799160e
 def _finished(out):
@@ -125,23 +126,20 @@ def _lost_and_repeated(found: Search, kills: list) -> tuple:
     again = {n for kill in kills for n in kill["finished"] if touched.get(names[n]) != kill["touched"].get(names[n])}
     return len(lost), len(again)
 
-# %% ../../nbs/experiments/09_tuning.ipynb #2fbbc83d
+# %% ../../nbs/experiments/09_tuning.ipynb #31103231
 def _predictor(objective, folder):
     from medimg.models.networks import load_model
     from medimg.models.resnet import KerasPredictor
     return KerasPredictor(load_model(folder / "model.keras"), objective.preprocessor, objective.dataset.classes, objective.dataset.task)
 
 
-def _trained(run: Run, objective, trial, name: str) -> list:
-    """The network of a trial with each seed of the experiment."""
-    made = []
-    for seed in run.seeds:
-        folder = run.out / "search" / trial.folder if seed == objective.config.seed else run.out / f"{name}-seed{seed}"
-        if seed != objective.config.seed:
-            run.say(f"{name}, seed {seed}")
-            replace(objective, config=replace(objective.config, seed=seed))(trial.params, lambda epoch, score: None, folder)
-        made.append(_predictor(objective, folder))
-    return made
+def _trained(run: Run, objective, params: dict, name: str, kept=None) -> list:
+    """The folders of the training with these settings, one for each seed of the experiment; with the search's own seed that of the trial."""
+    folders = [kept if kept and seed == objective.config.seed else run.out / f"{name}-seed{seed}" for seed in run.seeds]
+    for seed, folder in zip(run.seeds, folders):
+        run.say(f"{name}, seed {seed}")
+        replace(objective, config=replace(objective.config, seed=seed))(params, lambda epoch, score: None, folder)
+    return folders
 
 
 def tune_pneumonia(run: Run) -> dict:
@@ -168,9 +166,9 @@ def tune_pneumonia(run: Run) -> dict:
     kills = _killed_search(run, out)
     run.say("searching")
     found = search_pneumonia(out, run.profile, run.data)
-    best, default = found.best, found.trials[0]
     lost, again = _lost_and_repeated(found, kills)
-    nets = {name: _trained(run, objective, trial, name) for name, trial in (("tuned", best), ("default", default))}
+    folders = {"tuned": _trained(run, objective, found.best.params, "tuned", out / found.best.folder), "default": _trained(run, objective, {}, "default")}
+    nets = {name: [_predictor(objective, folder) for folder in made] for name, made in folders.items()}
     parts, answers = {"validation": objective.dataset.split("val"), "test": raw.split("test")}, {}
     for name in nets:
         run.read_test(raw, model=f"tune-pneumonia, {name}, {len(run.seeds)} seeds", metric="auc")
@@ -179,17 +177,18 @@ def tune_pneumonia(run: Run) -> dict:
     figures = {f"auc_{part}_{name}": seeds_figure(auc, y[part], answers[name, part], **boots) for part in parts for name in ("default", "tuned")}
     figures |= {f"gain_{part}": difference_figure(auc, y[part], answers["tuned", part], answers["default", part], **boots) for part in parts}
     figures["gain_validation_chosen"] = difference_figure(auc, y["validation"], answers["tuned", "validation"][:1], answers["default", "validation"][:1], **boots) | {"target": 0.0}
-    return {"figures": figures | _search_figures(found, kills, lost, again), "about": _about(found, objective, kills)}
+    return {"figures": figures | _search_figures(found, kills, lost, again), "about": _about(found, objective, kills, RunRecord.load(folders["default"][0]))}
 
-# %% ../../nbs/experiments/09_tuning.ipynb #acbbd076
+# %% ../../nbs/experiments/09_tuning.ipynb #66695186
 def _search_figures(found, kills, lost, again):
     whole = found.config.trials * found.config.epochs
     return {"share_of_epochs": plain_figure(found.spent / whole, target=0.4, at_most=True, n=whole), "kills": plain_figure(len(kills)),
             "trials_lost": plain_figure(lost, target=0, at_most=True), "trials_repeated": plain_figure(again, target=0, at_most=True)}
 
 
-def _about(found, objective, kills):
-    trials = [{"number": t.number, "state": t.state, "params": t.params, "scores": list(t.scores), "epochs": {str(k): v for k, v in t.epochs.items()}} for t in found.trials]
+def _about(found, objective, kills, default):
+    now = {**objective.config.to_dict(), **objective.model_options}
+    trials = [{"number": t.number, "state": t.state, "params": t.params, "scores": list(t.scores), "epochs": list(t.epochs.values())} for t in found.trials]
     share = found.importance() if len(found.trials) >= 4 else {}
-    return {"chosen_on": "validation, AUC of seed 0", "default": found.trials[0].params, "tuned": found.best.params, "importance": share, "rungs": list(found.config.rungs),
+    return {"chosen_on": "validation, AUC of seed 0", "default": {name: now[name] for name in SPACE}, "tuned": found.best.params, "default_epochs": [row["val_auc"] for row in default.history], "importance": share, "rungs": list(found.config.rungs),
             "space": found.space, "trials": trials, "config": objective.config.to_dict(), "finished_before_each_kill": [len(kill["finished"]) for kill in kills]}

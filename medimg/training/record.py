@@ -305,7 +305,7 @@ class _JsonFile:
         """Read `run.json` of a run's `folder` (or the file itself); ConfigError when it is missing or not a record."""
         return _read_record(cls, Path(folder))
 
-# %% ../../nbs/training/02a_record.ipynb #898a1358
+# %% ../../nbs/training/02a_record.ipynb #c40e36e3
 @dataclass(frozen=True)
 class RunRecord(_JsonFile):
     """What one training run was, and what came out of it: the content of `run.json`.
