@@ -324,7 +324,7 @@ def _line(trial, config):
     score = " / ".join(f"{s:.4f}" if abs(s) < 1000 else f"{s:,.0f}" for s in trial.scores) or f"{trial.state} after {max(trial.epochs, default=0)} of {config.epochs}"
     return f"trial {trial.number + 1:>3}/{config.trials}  {score}  {settings}"
 
-# %% ../../nbs/training/03_tuning.ipynb #a241fcd7
+# %% ../../nbs/training/03_tuning.ipynb #65896b6f
 @dataclass(frozen=True, eq=False)
 class Search:
     """What a search found: every trial, the best, what it cost, which settings mattered.
@@ -367,7 +367,7 @@ class Search:
         return [(t.number, t.state, t.params, t.scores, t.epochs) for t in self.trials]
 
     def importance(self, epoch: int | None = None) -> dict:
-        """Share of each setting in what the scores differ by (Optuna's PED-ANOVA), largest first.
+        """Share of each setting in what the scores differ by (Optuna's fANOVA), largest first; few trials give a hint at best.
 
         The scores are those after `epoch`, which all trials reached that were compared; default: the first rung, or the end where nothing was stopped.
         """
@@ -389,7 +389,7 @@ def _signed(trial, config):
     """Scores with larger as better."""
     return [s if goal == "maximize" else -s for s, goal in zip(trial.scores, config.goals)]
 
-# %% ../../nbs/training/03_tuning.ipynb #157c13c2
+# %% ../../nbs/training/03_tuning.ipynb #a796472f
 def _importance(found, epoch):
     optuna = _optuna()
     epoch = found.config.rungs[0] if epoch is None and found.config.rungs else epoch
@@ -401,7 +401,8 @@ def _importance(found, epoch):
     with _quiet():
         study = optuna.create_study(direction=found.config.goals[0])
         study.add_trials([make(params={k: _plain(v) for k, v in t.params.items()}, distributions=kinds, value=score[t.number]) for t in seen])
-        return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
+        shares = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+        return {name: float(share) for name, share in shares.items()}
 
 # %% ../../nbs/training/03_tuning.ipynb #36862db5
 def search(objective: Callable, space: dict, config: SearchConfig | None = None, *, out=None, plan: dict | None = None, first=(), progress: bool = True) -> Search:
