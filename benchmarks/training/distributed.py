@@ -52,7 +52,7 @@ def main(out=None, rounds=3, steps=60):
               f"{row['curves_differ_by']:18.1e}{row['bytes'] / row['bytes_computed']:18.3f}")
     if out:
         here = environment()
-        Path(out).write_text(json.dumps({"rows": rows, "rounds": rounds, "steps": steps, "load": round(os.getloadavg()[0], 1), "versions": here["versions"], "machine": here["machine"]}, indent=1) + "\n",
+        Path(out).write_text(json.dumps({"norms": rows, "rounds": rounds, "steps": steps, "load": round(os.getloadavg()[0], 1), "versions": here["versions"], "machine": here["machine"]}, indent=1) + "\n",
                              encoding="utf-8")
 
 
