@@ -389,7 +389,7 @@ def _signed(trial, config):
     """Scores with larger as better."""
     return [s if goal == "maximize" else -s for s, goal in zip(trial.scores, config.goals)]
 
-# %% ../../nbs/training/03_tuning.ipynb #a796472f
+# %% ../../nbs/training/03_tuning.ipynb #2977941e
 def _importance(found, epoch):
     optuna = _optuna()
     epoch = found.config.rungs[0] if epoch is None and found.config.rungs else epoch
@@ -401,7 +401,10 @@ def _importance(found, epoch):
     with _quiet():
         study = optuna.create_study(direction=found.config.goals[0])
         study.add_trials([make(params={k: _plain(v) for k, v in t.params.items()}, distributions=kinds, value=score[t.number]) for t in seen])
-        shares = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+        try:
+            shares = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+        except RuntimeError:                                # "zero total variance": the scores do not differ
+            shares = dict.fromkeys(found.space, 0.0)
         return {name: float(share) for name, share in shares.items()}
 
 # %% ../../nbs/training/03_tuning.ipynb #36862db5
