@@ -77,7 +77,7 @@ def search_pneumonia(out, profile: str, data: str = "auto") -> Search:
     """
     return tune(pneumonia_objective(profile, data)[1], SPACE, SearchConfig(trials=SIZES[profile]["trials"], first_rung=1 if profile == "ci" else 2, eta=4), out=out, first=(), progress=False)
 
-# %% ../../nbs/experiments/09_tuning.ipynb #e799160e
+# %% ../../nbs/experiments/09_tuning.ipynb #3a59447d
 def _finished(out):
     """number -> (state, params, reports, time of the last checkpoint) of each finished trial, as JSON would give it back."""
     import optuna
@@ -118,7 +118,7 @@ def _killed_search(run: Run, out: Path) -> list:
         write_atomic(notes, json.dumps(kills, indent=1, sort_keys=True))
     return kills
 
-
+# %% ../../nbs/experiments/09_tuning.ipynb #6b2ddffb
 def _lost_and_repeated(found: Search, kills: list) -> tuple:
     """How many trials that were finished before a kill are not in the end what they were, and how many were trained again."""
     now, touched, names = _finished(found.out), _touched(found.out), {str(t.number): Path(t.folder).name for t in found.trials}

@@ -30,7 +30,7 @@ from ..data.pipeline import augment_batch, epoch_order
 from ..errors import ConfigError, MedimgError, nearest
 from .record import RunRecord, TrainConfig
 
-# %% ../../nbs/training/05_distributed.ipynb #b88bf630
+# %% ../../nbs/training/05_distributed.ipynb #80a98acd
 class Team:
     """The workers that share each batch, seen by one of them.
 
@@ -78,12 +78,12 @@ class Team:
         return partial(_own_batches, self.part(batch))
 
     def mean(self, gradient, model, x, y):
-        """In a graph: the mean over all parts of all workers of `gradient(x, y) -> (loss, gradients)`, each on its rows of `x` (n, …), `y` (n, …)."""
+        """In a graph: the mean over all parts of all workers of what `gradient` gives for a `model`, `(x, y) -> (loss, gradients)`, each on its rows of `x` (n, …), `y` (n, …)."""
         own = partial(_over_parts, self, gradient, model, x, y)
         return self.strategy.run(own) if self.strategy else own()
 
     def total(self, values):
-        """The sum over all workers of a float tensor or array."""
+        """The sum over all workers of `values`, a float tensor or array of any shape."""
         if not self.strategy:
             return values
         import tensorflow as tf

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StepTime', 'profile_steps']
 
-# %% ../../nbs/training/02f_step_time.ipynb #288fb149
+# %% ../../nbs/training/02f_step_time.ipynb #084bb4dd
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +18,7 @@ from .fused_norm import fused_norms
 from .record import TrainConfig
 from .trainer import TrainState, _ahead, _loss_for
 
-
+# %% ../../nbs/training/02f_step_time.ipynb #80d5060e
 @dataclass(frozen=True)
 class StepTime:
     """The parts of one training step.
@@ -50,7 +50,7 @@ class StepTime:
 
     @property
     def images_per_s(self) -> float:
-        """Training speed."""
+        """Images that are trained on in a second."""
         return 1e3 * self.images / self.total_ms
 
     @property

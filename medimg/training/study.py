@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_study']
 
-# %% ../../nbs/training/03a_study.ipynb #a2e2582c
+# %% ../../nbs/training/03a_study.ipynb #1a1b086f
 import contextlib
 import json
 import math
@@ -44,7 +44,7 @@ def _database_errors(url):
             raise MedimgError("the study's database is locked by another program", path=_shown(url), remedy="close it, and run the same call again") from error
         raise MedimgError(f"the study's database does not answer ({text})", path=_shown(url), remedy="check the URL, the server and the disk, then run the same call again") from error
 
-
+# %% ../../nbs/training/03a_study.ipynb #f97b6ea7
 def _storage(url):
     """Optuna's storage behind a URL."""
     from sqlalchemy.engine import make_url

@@ -319,7 +319,7 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #46b4642d
+# %% ../../nbs/training/02_trainer.ipynb #18732000
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
@@ -340,7 +340,7 @@ def _checked_scales(model, scales):
             raise ConfigError(f"the learning-rate scale of {path} is {scale!r}", remedy="give a number from 0 to 100")
     return [(known[path], float(scale)) for path, scale in (scales or {}).items() if scale != 1]
 
-
+# %% ../../nbs/training/02_trainer.ipynb #6edd5f2b
 def _graph_of_step(state, loss, scales, team=None):
     """One training step as a graph: gradient (a team's mean), clip, AdamW (a share of it where a variable has a scale of its own), running average."""
     import tensorflow as tf
@@ -598,13 +598,13 @@ def _dataset_facts(run):
     counts = {"n_train": len(run.train), "n_val": len(run.val)}
     return {"name": run.dataset.name, "checksum": run.dataset.checksum, "source": run.dataset.source, "licence": run.dataset.licence} | data_hashes(run.dataset) | counts
 
-# %% ../../nbs/training/02_trainer.ipynb #4a88da9b
+# %% ../../nbs/training/02_trainer.ipynb #1c429857
 def _in_notebook():
     """Whether this code runs in a notebook's kernel (and not only in a program that has loaded one)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return type(shell).__name__ == "ZMQInteractiveShell"
 
-
+# %% ../../nbs/training/02_trainer.ipynb #4299f096
 class _Reporter:
     """Live progress: a rich bar in a terminal, one line an epoch (or the curves) in a notebook or a log, nothing when not wanted."""
 
@@ -631,8 +631,7 @@ class _Reporter:
         return self
 
     def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
+        if self.bar: self.bar.stop()    # noqa: E701
 
     def advance(self, loss):
         if self.bar:
@@ -645,8 +644,7 @@ class _Reporter:
         self.shown = f"  val {self.run.config.monitor} {row['val_' + self.run.config.monitor]:.4f}"
         if self.bar:
             self.bar.console.print(text, highlight=False)
-        elif self.plot:
-            self.plot(self.run.history)
+        elif self.plot: self.plot(self.run.history)    # noqa: E701
         elif self.wanted:
             self.say(text)
 
