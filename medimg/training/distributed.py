@@ -701,7 +701,7 @@ def _typed(error):
         seen = next(iter(inner.values()), None) if inner else seen.__cause__ or getattr(seen, "cause", None)
     return MedimgError(f"a worker was lost ({text.strip().splitlines()[-1][:160]})", remedy="run the same command again to go on from the last checkpoint, with any number of workers")
 
-# %% ../../nbs/training/05_distributed.ipynb #48db9b14
+# %% ../../nbs/training/05_distributed.ipynb #71dfdbc8
 def step_seconds(workers, *, compute_s: float, parameters: int, bandwidth: float, latency_s: float, messages: int = 1):
     """Seconds of one step when a joint batch of fixed size is shared by `workers`, with the sums sent around a ring.
 
@@ -731,7 +731,7 @@ def step_seconds(workers, *, compute_s: float, parameters: int, bandwidth: float
 
     Examples
     --------
-    >>> step_seconds(2, compute_s=0.2, parameters=1_000_000, bandwidth=1e8, latency_s=0.001)
+    >>> round(step_seconds(2, compute_s=0.2, parameters=1_000_000, bandwidth=1e8, latency_s=0.001), 3)
     0.142
     """
     n = np.asarray(workers, dtype=float)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RateTest', 'read_rates', 'find_learning_rate']
 
-# %% ../../nbs/training/02e_learning_rate.ipynb #75086cee
+# %% ../../nbs/training/02e_learning_rate.ipynb #db30cc8a
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -34,7 +34,7 @@ class RateTest:
     --------
     >>> test = read_rates(np.geomspace(1e-3, 1, 4), np.array([0.7, 0.6, 0.3, 0.9]))
     >>> round(float(test.suggestion), 3), round(float(test.largest), 3)
-    (0.02, 0.1)
+    (0.032, 0.1)
     """
 
     rates: np.ndarray

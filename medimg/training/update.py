@@ -153,7 +153,7 @@ def _replayed(both, fresh, free, share, seed):
     keep[chosen] = True
     return keep
 
-# %% ../../nbs/training/06a_update.ipynb #62e1e46b
+# %% ../../nbs/training/06a_update.ipynb #35d9461a
 def replay_mix(old: ImageDataset | None, new: ImageDataset, *, share: float = 0.5, seed: int = 0, form=None, seen=(), same_patients: bool = True,
                quiet: bool = False) -> ImageDataset:
     """Old and new images as one data set whose training fold holds a stated share of old ones; nobody is on both sides of a fold.
@@ -194,7 +194,7 @@ def replay_mix(old: ImageDataset | None, new: ImageDataset, *, share: float = 0.
 
     Examples
     --------
-    >>> a, b = (ImageDataset(n, np.random.default_rng(k).integers(0, 255, (40, 8, 8), dtype="uint8"), np.arange(40) % 2, ["train", "train", "val", "test"] * 10,
+    >>> a, b = (ImageDataset(n, np.random.default_rng(k).integers(0, 255, (40, 8, 8), dtype="uint8"), np.arange(40) // 4 % 2, ["train", "train", "val", "test"] * 10,
     ...                      classes=("x", "y")) for k, n in enumerate("ab"))
     >>> replay_mix(a, b, share=0.25, quiet=True).meta["replay"]
     {'old': 7, 'new': 20, 'share': 0.259, 'left_out': {'train': 0, 'val': 0, 'test': 0}}
