@@ -261,7 +261,7 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #6008f76e
+# %% ../nbs/foundations/api.ipynb #1afbbede
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -299,7 +299,7 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     >>> evaluate("runs/p", split="val")["metrics"]["auc"]["value"] > 0.9                   # doctest: +SKIP
     True
     """
-    from medimg.data.datasets import drop_shared
+    from medimg.data.datasets import drop_shared, select
     from medimg.evaluation.metrics import evaluate_classification
     from medimg.experiments.protocol import log_test_read
     predictor, facts = load_predictor(run_or_bundle)
@@ -307,7 +307,8 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
     if list(dataset.classes) != facts["classes"]:
         raise DatasetError(f"{dataset.name} has the classes {list(dataset.classes)}, the model {facts['classes']}", remedy="choose a data set of the same question")
-    checksums, part = (dataset.checksum, drop_shared(dataset, quiet=True).checksum), dataset.split(split)
+    clean, part = drop_shared(dataset, quiet=True), dataset.split(split)
+    checksums = dataset.checksum, clean.checksum, select(clean, clean.splits != "test").checksum      # a search leaves the test fold out
     p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
     estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
                                         groups=part.patient_ids, n_boot=n_boot, seed=seed)
