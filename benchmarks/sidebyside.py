@@ -65,22 +65,28 @@ def seconds(function, *, timer=time.perf_counter, **arguments) -> float:
     return timer() - start
 
 
-def _clock(peer, cpu):
-    """A callable that gives the seconds of a call: on the wall, or those that the processor spent on it."""
+def _clock(peer, cpu, pause):
+    """A callable that gives the seconds of a call, after a pause: on the wall, or those that the processor spent on it."""
     def called(**arguments):
+        time.sleep(pause)
         wall = peer(**arguments)
         return peer.cpu if cpu else wall
     timer = time.process_time if cpu else time.perf_counter
-    return called if isinstance(peer, Peer) else lambda **arguments: seconds(peer, timer=timer, **arguments)
+
+    def ours(**arguments):
+        time.sleep(pause)
+        return seconds(peer, timer=timer, **arguments)
+    return called if isinstance(peer, Peer) else ours
 
 
-def compare(what: str, ours, peers: dict, *, repeats: int = 7, cpu: bool = False, **arguments) -> list[dict]:
+def compare(what: str, ours, peers: dict, *, repeats: int = 7, cpu: bool = False, pause: float = 0, **arguments) -> list[dict]:
     """Call ours and each peer in turn `repeats` times after one warm-up each; one row a peer: medians, and the ratio of each round.
 
     `ours` is a callable that is timed here; a peer is a `Peer`, or a callable that is timed here as well. `cpu` counts CPU seconds, which a busy machine hardly
-    distorts; with one thread, for waiting threads count as working.
+    distorts; with one thread, for waiting threads count as working. `pause` seconds pass before each call: the threads of OpenMP spin for a fifth of a second after their
+    work and would take a processor from whoever comes next.
     """
-    clock = {name: _clock(p, cpu) for name, p in {"medimg": ours, **peers}.items()}
+    clock = {name: _clock(p, cpu, pause) for name, p in {"medimg": ours, **peers}.items()}
     for call in clock.values():
         call(**arguments)
     rounds = [{name: call(**arguments) for name, call in clock.items()} for _ in range(repeats)]

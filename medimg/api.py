@@ -49,7 +49,7 @@ def read(path, *, series_uid: str | None = None, progress: bool = False, **optio
         return volume.from_nifti(path)
     return dicom.read(path, series_uid=series_uid, progress=progress, **options)
 
-# %% ../nbs/foundations/api.ipynb #a50434bf
+# %% ../nbs/foundations/api.ipynb #89ab98ef
 def train(dataset, *, out, model: str | None = None, model_options: dict | None = None, config=None, preprocess=None, profile: str = "full",
           seed: int | None = None, epochs: int | None = None, data: str = "auto", n: int | None = None, resume: bool = True, progress: bool = True,
           tensorboard: bool = False, recipe=None, **spread):
@@ -110,10 +110,10 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
         spread = {"tensorboard": tensorboard}
     run = fit(network, dataset, config, preprocessor=preprocess, out=out, progress=progress, resume=resume,
               about={"name": recipe.name, "model": name, "model_options": options}, **spread)
-    write_atomic(Path(out) / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")
+    _note_data(out, dataset.meta.get("loaded"))
     return run
 
-# %% ../nbs/foundations/api.ipynb #2209f9ad
+# %% ../nbs/foundations/api.ipynb #2cb1b541
 def _training_data(dataset, recipe, profile, data, n, *, quiet):
     """The images by name or as given, as many as recipe and profile allow, without those that occur in a later fold."""
     from medimg.data.datasets import drop_shared
@@ -145,10 +145,21 @@ def _load(name, data, n, *, seed=0, quiet=True):
     return replace(dataset, meta={**dataset.meta, "loaded": {"name": name, "data": "phantom" if stands_in else data, "n": n, "seed": seed}})
 
 
+def _note_data(folder, loaded):
+    """Keep in `data.json` of a run's folder how its data were loaded."""
+    write_atomic(Path(folder) / "data.json", json.dumps(loaded, indent=1, sort_keys=True) + "\n")
+
+
+def _noted_data(folder):
+    """What `_note_data` kept in a folder, or None."""
+    note = Path(folder) / "data.json"
+    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+
+
 def _remedy(name):
     return f"run medimg data fetch {name}, or let MEDIMG_DATA name its folder"
 
-# %% ../nbs/foundations/api.ipynb #71415323
+# %% ../nbs/foundations/api.ipynb #33b95d3c
 def tune(dataset, *, out, space: dict | None = None, search=None, model: str | None = None, profile: str = "full", seed: int | None = None, epochs: int | None = None,
          data: str = "auto", n: int | None = None, metric: str = "auc", cost: str | None = None, progress: bool = True):
     """Search for the settings of a training; the same call again goes on with a search that was cut off.
@@ -197,7 +208,7 @@ def tune(dataset, *, out, space: dict | None = None, search=None, model: str | N
     objective = TrainObjective(dataset, _within(recipe.config, profile, seed, epochs), recipe.preprocessor(dataset.images), model or recipe.model, options, metric, cost)
     found = run_search(objective, space or DEFAULT_SPACE, search, out=out, progress=progress)
     for trial in found.front:
-        write_atomic(Path(out) / trial.folder / "data.json", json.dumps(dataset.meta.get("loaded"), indent=1, sort_keys=True) + "\n")
+        _note_data(Path(out) / trial.folder, dataset.meta.get("loaded"))
     return found
 
 # %% ../nbs/foundations/api.ipynb #3f7ef33a
@@ -261,7 +272,7 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #1afbbede
+# %% ../nbs/foundations/api.ipynb #cccd5a20
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -299,7 +310,6 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     >>> evaluate("runs/p", split="val")["metrics"]["auc"]["value"] > 0.9                   # doctest: +SKIP
     True
     """
-    from medimg.data.datasets import drop_shared, select
     from medimg.evaluation.metrics import evaluate_classification
     from medimg.experiments.protocol import log_test_read
     predictor, facts = load_predictor(run_or_bundle)
@@ -307,25 +317,31 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
     if list(dataset.classes) != facts["classes"]:
         raise DatasetError(f"{dataset.name} has the classes {list(dataset.classes)}, the model {facts['classes']}", remedy="choose a data set of the same question")
-    clean, part = drop_shared(dataset, quiet=True), dataset.split(split)
-    checksums = dataset.checksum, clean.checksum, select(clean, clean.splits != "test").checksum      # a search leaves the test fold out
+    part = dataset.split(split)
     p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
     estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
                                         groups=part.patient_ids, n_boot=n_boot, seed=seed)
     reads = log_test_read(log or cache_dir() / "test_reads.jsonl", dataset=dataset.name, checksum=dataset.checksum, split=split, model=facts["name"],
                           version=facts["version"], metric="evaluate_classification") if split == "test" else None
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
-            "same_data": facts["trained_on"] in checksums if facts["trained_on"] else None,
+            "same_data": _is_set(dataset, facts["trained_on"]) if facts["trained_on"] else None,
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
-# %% ../nbs/foundations/api.ipynb #c63e9996
+# %% ../nbs/foundations/api.ipynb #b8ea9102
+def _is_set(dataset, checksum):
+    """Whether a training with this checksum had these images: all of them, without those in a later fold, or, as in a search, without the test fold too."""
+    from medimg.data.datasets import drop_shared, select
+    if dataset.checksum == checksum:
+        return True
+    clean = drop_shared(dataset, quiet=True)
+    return checksum in (clean.checksum, select(clean, clean.splits != "test").checksum)
+
+
 def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
     from medimg.data.datasets import dataset_info, find_dataset
-    note = Path(run_or_bundle) / "data.json"
-    kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    kept = kept or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
+    kept = _noted_data(run_or_bundle) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
     if name not in (None, kept["name"], facts["dataset"]):
         kept = {"name": name, "data": "auto", "n": None, "seed": 0}
     data = kept["data"] if data == "auto" else data
@@ -333,7 +349,7 @@ def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
         raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
     return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
 
-# %% ../nbs/foundations/api.ipynb #7ff6ee69
+# %% ../nbs/foundations/api.ipynb #49321771
 def update(run_or_bundle, new, *, out, old=None, replay: float = 0.5, margin: float = 0.02, rename: dict | None = None, config=None, epochs: int | None = None,
            seed: int | None = None, data: str = "auto", n: int | None = None, patients=None, same_patients: bool = True, population: dict | None = None,
            n_boot: int = 2000, log: Path | None = None, progress: bool = True) -> dict:
@@ -404,7 +420,7 @@ def update(run_or_bundle, new, *, out, old=None, replay: float = 0.5, margin: fl
     kept = u.open_update(out, plan)
     if "result" not in kept:
         run = u.fine_tune(champion.network(), mix, config, preprocessor=champion.preprocessor, out=out / "run", parent=champion.parent, about=champion.about, progress=progress)
-        write_atomic(out / "run" / "data.json", json.dumps(_loaded(champion, new), indent=1, sort_keys=True) + "\n")
+        _note_data(out / "run", _loaded(champion, new))
         write_atomic(out / "run" / "training_ids.txt", "".join(f"{i}\n" for i in sorted({*champion.seen, *mix.meta["training_ids"]})))
         folds = {which: _compared(champion, out / "run", d, mix, n_boot, log) for which, d in (("old", old), ("new", new)) if d is not None}
         verdict = u.decide(folds["old"]["difference"] if old else None, folds["new"]["difference"], margin=margin)
@@ -412,7 +428,7 @@ def update(run_or_bundle, new, *, out, old=None, replay: float = 0.5, margin: fl
                                    "margin": margin, "champion": champion.parent, "run": run.fingerprint, "research_use": RESEARCH_USE}})
     return {**kept["result"], "bundle": _promoted(champion, out, mix, kept["result"], new, population) if kept["result"]["promoted"] else None}
 
-# %% ../nbs/foundations/api.ipynb #a514e69c
+# %% ../nbs/foundations/api.ipynb #81ff2a51
 def _champion(run_or_bundle):
     """The model to be improved: who it is, what it has seen, and its network when it is asked for."""
     from types import SimpleNamespace
@@ -431,7 +447,7 @@ def _champion(run_or_bundle):
         raise BundleError("holds no weights that can be trained further", path=run_or_bundle,
                           remedy=f"medimg reproduce {name}, then medimg update runs/reproduce/{name}/bundle")
     record, r = RunRecord.load(run) if beside else None, recipe_for(facts["dataset"])
-    note = json.loads((run / "data.json").read_text(encoding="utf-8")) if beside and (run / "data.json").is_file() else None
+    note = _noted_data(run) if beside else None
     seen = bundle.training_ids if bundle else (run / "training_ids.txt").read_text(encoding="ascii").split()
     about = (record.model, record.model_options) if record else (r.model, r.model_options)
     return SimpleNamespace(

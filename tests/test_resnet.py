@@ -228,7 +228,7 @@ def test_kappa_equals_scikit_learn():
 
 def test_drawer_takes_each_image_once_an_epoch():
     from medimg.data.pipeline import Tensors
-    from medimg.experiments.classifiers import drawer
+    from medimg.training.loop import drawer
     few = Tensors(noise(10, 4, 4, 1), np.arange(10), np.array([f"{i:02x}" for i in range(10)]))
     draw = drawer(few, batch_size=5, seed=3, augment=True)
     first, second = ([draw(2 * e + k)[1] for k in (0, 1)] for e in (0, 1))

@@ -33,7 +33,7 @@ def middle(values):
     return [round(f(values), 4) for f in (statistics.median, min, max)]
 
 
-def main(out=None, rounds=3, steps=60):
+def main(out=None, rounds=3, steps=100):
     pairs = []
     for _ in range(rounds):
         pairs.append((run(1, 2, True, steps), run(2, 1, False, steps)))

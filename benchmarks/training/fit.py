@@ -4,10 +4,14 @@
     python benchmarks/training/fit.py --json results/benchmarks/training_fit.json
 
 The network is the small ResNet at 28 px, batch 64, AdamW, gradient clipping and an average of the weights on all sides; two threads. Ours is an epoch of
-`fit` itself, with its drawing and augmenting of images, its checks and its progress; the bare loop calls one `tf.function` with the same arithmetic on batches that
-lie ready, and so does PyTorch (eager and compiled, in both memory layouts) without augmentation. All take turns, round after round. `waits` are the share of a step
-that it stood still for its images: PneumoniaMNIST in memory, patches cut from phantom CT, and a folder of DICOM slices of 512 × 512 pixels read anew each epoch.
+`fit` itself, with its drawing and augmenting of images, its checks and its progress (and once without augmenting); the bare loop calls one `tf.function` with the same arithmetic on batches that
+lie ready (once with Keras' batch norm, as a user would write it, and once with the kernel that `fit` uses: that one shows what `fit` adds), and so does PyTorch (eager
+and compiled, in both memory layouts) without augmentation. All take turns, round after round. `waits` are the share of a step that it stood still for its images, which
+a thread draws ahead as `fit` does: PneumoniaMNIST in memory, patches cut from phantom CT, and a folder of DICOM slices
+of 512 × 512 pixels, read anew each epoch and with the prepared images kept (`Flow(cache=)`).
 """
+import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -84,8 +88,8 @@ def torch_peer(last, compiled):
         return None
 
 
-def our_run(folder):
-    """A run of `fit` over noise as large as the batches of PyTorch, and the function that trains one of its epochs."""
+def our_run(folder, augment):
+    """The function that trains an epoch of a run of `fit` over noise, as many images as PyTorch has."""
     from medimg.data.datasets import ImageDataset
     from medimg.data.preprocess import Preprocessor
     from medimg.models.networks import build_model
@@ -94,13 +98,13 @@ def our_run(folder):
     rng, n = np.random.default_rng(0), STEPS * BATCH + 64
     splits = np.where(np.arange(n) < STEPS * BATCH, "train", "val")
     noise = ImageDataset("noise", rng.integers(0, 255, (n, 28, 28)).astype(np.uint8), np.arange(n) % 2, splits, classes=("a", "b"))
-    run = trainer._Run(build_model("resnet", (28, 28, 1), 2, seed=0), noise, TrainConfig(epochs=100, batch_size=BATCH), Preprocessor([("scale", {"low": 0, "high": 255})]),
+    run = trainer._Run(build_model("resnet", (28, 28, 1), 2, seed=0), noise, TrainConfig(epochs=100, batch_size=BATCH, augment=augment), Preprocessor([("scale", {"low": 0, "high": 255})]),
                        folder, {"auc": trainer.rank_auc})
-    return run, lambda: trainer._train_epoch(run, lambda loss: None)
+    return lambda: trainer._train_epoch(run, lambda loss: None)
 
 
-def bare_loop():
-    """The same arithmetic as a user would write it, on one batch that lies ready."""
+def bare_loop(norms):
+    """The same arithmetic as a user would write it, on one batch that lies ready; traced within the context manager `norms` of the network."""
     import keras
     import tensorflow as tf
 
@@ -126,6 +130,8 @@ def bare_loop():
     def epoch():
         for _ in range(STEPS):
             float(step(x, y))
+    with norms(net):
+        step(x, y)
     return epoch
 
 
@@ -140,34 +146,32 @@ def waits():
     from medimg.models.networks import build_model
     from medimg.training.record import TrainConfig
     from medimg.training.step_time import profile_steps
-    from medimg.training.trainer import TrainState, make_loss
+    from medimg.training.trainer import TrainState, _ahead, make_loss
     xrays, scale = drop_shared(load_dataset("pneumoniamnist", n=2000, quiet=True), quiet=True), Preprocessor([("scale", {"low": 0, "high": 255})])
     spent = profile_steps(build_model("resnet", (28, 28, 1), 2, seed=0), xrays, preprocessor=scale, rounds=20)
     yield f"wait, {xrays.name} 28 px, batch 64", spent.waiting, spent.total_ms
 
     def of_flow(what, flow, shape):
         state = TrainState(build_model("resnet", shape, 2, seed=0), TrainConfig(), make_loss("binary"))
-        still, total, last = 0.0, 0.0, None
-        for epoch in range(2):
-            stream = iter(flow.batches(epoch))
-            while True:
-                start = time.perf_counter()
-                if (batch := next(stream, None)) is None:
-                    break
-                waited = time.perf_counter() - start
-                if len(batch[0]) == flow.batch_size:
-                    state.step(*batch, 0, 1e-3)
-                if last is not None:                    # the first step builds the graph
-                    still, total = still + waited, total + time.perf_counter() - start
-                last = batch
-        return what, still / total, 1e3 * total / (2 * len(flow) - 1)
+        still, spent, stream = [], [], _ahead(itertools.chain.from_iterable(map(flow.batches, range(4))))
+        while True:
+            start = time.perf_counter()
+            if (batch := next(stream, None)) is None:
+                break
+            still.append(time.perf_counter() - start)
+            if len(batch[0]) == flow.batch_size:
+                state.step(*batch, 0, 1e-3)
+            spent.append(time.perf_counter() - start)
+        return what, sum(still[1:]) / sum(spent[1:]), 1e3 * statistics.mean(spent[1:])      # the first step builds the graph
 
     scans = [thorax_phantom(seed, shape=(50, 112, 112), spacing_mm=(6.0, 3.2, 3.2), dose=None).volume for seed in range(2)]
     yield of_flow("wait, phantom CT patches 32 voxels, batch 8", Flow(PatchSource(scans, (32, 32, 32), labels=[0, 1], per_volume=64), lambda s: s | {"image": s["image"] / 1000}, batch_size=8), (32, 32, 32, 1))
     if folder := os.environ.get("MEDIMG_DATA"):
         series = max(dicom.scan(Path(folder) / "thorax_ct"), key=lambda s: len(s.files))
         resize = Preprocessor([("resize", {"height": 128, "width": 128}), ("scale", {"low": -1000, "high": 1000})])
-        yield of_flow("wait, DICOM folder 512 px to 128 px, batch 16", Flow(FileSource(series.files, np.arange(len(series.files)) % 2), resize, batch_size=16), (128, 128, 1))
+        for how, cache in (("read anew each epoch", None), ("prepared once", "memory")):
+            flow = Flow(FileSource(series.files, np.arange(len(series.files)) % 2), resize, batch_size=16, cache=cache)
+            yield of_flow(f"wait, DICOM folder 512 px to 128 px, batch 16, {how}", flow, (128, 128, 1))
 
 
 def checkpoint_share(folder):
@@ -197,16 +201,19 @@ def _seconds(call):
 def measure(repeats):
     """All rows; see the text above."""
     import tensorflow as tf
+
+    from medimg.training.fused_norm import fused_norms
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)
     tf.config.experimental.enable_op_determinism()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        _, epoch = our_run(folder)
-        peers = {"bare tf.function loop": bare_loop()}
+        epoch, plain = our_run(folder, True), our_run(folder, False)
+        peers = {"bare tf.function loop": bare_loop(fused_norms), "bare loop, Keras' batch norm": bare_loop(lambda net: contextlib.nullcontext())}
         if peer_python():
             made = {f"PyTorch {'compiled' if c else 'eager'}, {'channels last' if last else 'channels first'}": torch_peer(last, c) for c in (False, True) for last in (False, True)}
             peers |= {name: peer for name, peer in made.items() if peer}
-        rows += compare(f"fit, an epoch of {STEPS} steps of {BATCH}", epoch, peers, repeats=repeats)
+        rows += compare(f"fit, an epoch of {STEPS} steps of {BATCH}", epoch, peers, repeats=repeats, pause=0.3)
+        rows += compare("fit without augmentation", plain, {"bare tf.function loop": peers["bare tf.function loop"]}, repeats=repeats, pause=0.3)
         for peer in peers.values():
             if isinstance(peer, Peer):
                 peer.close()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'METRICS', 'fold_groups', 'recipe_fit', 'fold_figures', 'crossval_medmnist']
 
-# %% ../../nbs/experiments/10_crossval.ipynb #9fce3ef9
+# %% ../../nbs/experiments/10_crossval.ipynb #22dabeaf
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +14,12 @@ from ..data.datasets import load_dataset, select
 from ..data.leaks import find_leaks, leak_groups
 from ..data.pipeline import Tensors, to_tensors
 from ..evaluation.metrics import accuracy, auc
-from .classifiers import RETINA, drawer, quadratic_kappa
+from .classifiers import RETINA, quadratic_kappa
 from .protocol import Clock, logits_of, plain_figure, seeds_figure
 from ..training.crossval import cross_validate, mean_interval, patient_folds
+from ..training.loop import drawer, train_steps
 from ..training.recipes import recipe
+from ..training.trainer import loss_for
 
 #: Images (None: all), folds, share of the recipe's epochs and bootstrap resamples of each profile.
 SIZES = {"ci": {"images": 96, "folds": 2, "share": 0.04, "n_boot": 50},
@@ -58,7 +60,7 @@ def _images(run, name):
     found = load_dataset(name, data=run.data, n=SIZES[run.profile]["images"], quiet=True)
     return select(found, found.splits != "test")
 
-# %% ../../nbs/experiments/10_crossval.ipynb #e336774d
+# %% ../../nbs/experiments/10_crossval.ipynb #f18719f6
 def recipe_fit(run, plan, dataset, seed: int):
     """A `fit_predict` for `cross_validate`: the recipe's network from one seed, trained for a fixed time on some rows; it answers others.
 
@@ -86,13 +88,10 @@ def recipe_fit(run, plan, dataset, seed: int):
 
     def fit_predict(train, test):
         from medimg.models.networks import build_model, to_probability
-        from medimg.training.loop import train_steps
-        from medimg.training.trainer import make_loss
         clock, part = Clock(), Tensors(made.x[train], made.y[train], made.image_ids[train])
-        batch, counts = min(settings.batch_size, len(train) // 2), np.bincount(part.y, minlength=len(dataset.classes))
-        weights = len(train) / (len(counts) * counts) if settings.class_weights else None
+        batch, loss = min(settings.batch_size, len(train) // 2), loss_for(dataset, select(dataset, train), settings)
         net = build_model(plan.model, part.x.shape[1:], len(dataset.classes), task=dataset.task, seed=seed, **options)
-        train_steps(net, drawer(part, batch_size=batch, seed=seed, augment=settings.augment), make_loss(dataset.task, smoothing=settings.label_smoothing, weights=weights),
+        train_steps(net, drawer(part, batch_size=batch, seed=seed, augment=settings.augment), loss,
                     steps=_epochs(run, plan) * (len(train) // batch), config=settings, progress=False)
         p = to_probability(logits_of(net, made.x[test]), dataset.task)
         run.say(f"{dataset.name}, seed {seed}: {len(test)} images answered after {clock.facts()['cpu_s']:.0f} s of CPU")

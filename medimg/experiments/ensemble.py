@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'scratch_network', 'scratch_pneumonia', 'snapshots', 'many_heads', 'held_out', 'ensembles']
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #e9216bb1
+# %% ../../nbs/experiments/08_ensemble.ipynb #184f1417
 import json
 import time
 from dataclasses import replace
@@ -16,11 +16,11 @@ from ..config import write_atomic
 from ..data.datasets import drop_shared, load_dataset, select
 from ..data.pipeline import to_tensors
 from ..evaluation.metrics import accuracy, auc, sensitivity, specificity
-from .classifiers import drawer
 from .protocol import Clock, difference_figure, plain_figure, seeds_figure
 from ..models.ensemble import Ensemble, Stack, Views, disagreement, fit_weights, out_of_fold
 from ..models.scratch_layers import binary_cross_entropy
 from ..models.scratch_train import ScratchPredictor, draw_batches, jitter, load_network, save_network, scratch_cnn, train
+from ..training.loop import drawer, train_steps
 from ..training.recipes import recipe
 from ..training.trainer import log_loss
 
@@ -159,7 +159,7 @@ def _members(run, plan, dataset):
     seeds = run.seeds if len(run.seeds) > 1 else (run.seeds[0], run.seeds[0] + 1)
     return [_fitted(plan, dataset, home / f"seed{seed}", seed=seed) for seed in seeds]
 
-# %% ../../nbs/experiments/08_ensemble.ipynb #8a843abb
+# %% ../../nbs/experiments/08_ensemble.ipynb #aef759ad
 def snapshots(run, plan, dataset, seed: int = 0) -> tuple:
     """Copies of one network at the end of each of several cycles of the learning rate.
 
@@ -220,7 +220,6 @@ def many_heads(run, plan, dataset, seed: int = 0, heads: int = 3) -> tuple:
     >>> trunk, cpu_s = many_heads(run, recipe("pneumonia"), dataset)        # doctest: +SKIP
     """
     from medimg.models.ensemble_graph import shared_trunk
-    from medimg.training.loop import train_steps
     from medimg.training.trainer import make_loss
     tensors = to_tensors(dataset.split("train"), plan.preprocessor(dataset.images))
     y, batch = tensors.y, min(plan.config.batch_size, len(tensors.y))

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['RateTest', 'read_rates', 'find_learning_rate']
 
-# %% ../../nbs/training/02e_learning_rate.ipynb #db30cc8a
+# %% ../../nbs/training/02e_learning_rate.ipynb #bc8cdfc5
 from dataclasses import dataclass, replace
-from itertools import count
 
 import numpy as np
 
-from ..data.pipeline import batches, to_tensors
+from ..data.pipeline import to_tensors
 from ..errors import ConfigError, DatasetError
+from .loop import drawer
 from .record import TrainConfig
-from .trainer import TrainState, _loss_for
+from .trainer import TrainState, loss_for
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_rates(rates, losses) -> RateTest:
     half = int(np.flatnonzero(losses[:end + 1] > (start + losses[end]) / 2)[-1])
     return RateTest(rates, losses, float(np.sqrt(rates[half] * rates[half + 1])), float(rates[end]))
 
-# %% ../../nbs/training/02e_learning_rate.ipynb #8e32ba97
+# %% ../../nbs/training/02e_learning_rate.ipynb #327048bb
 def find_learning_rate(model, dataset, *, preprocessor, config: TrainConfig | None = None, low: float = 1e-6, high: float = 10.0, steps: int = 100,
                        smooth: float = 0.9) -> RateTest:
     """Raise the learning rate from batch to batch and see where the loss falls.
@@ -136,7 +136,7 @@ def find_learning_rate(model, dataset, *, preprocessor, config: TrainConfig | No
         raise ConfigError(f"steps = {steps}, smooth = {smooth}", remedy="give 10 steps or more, and smooth in [0, 1)")
     config = replace(config or TrainConfig(), ema=0.0)
     train, before = dataset.split("train"), [v.numpy() for v in model.variables]
-    state = TrainState(model, config, _loss_for(dataset, train, config))
+    state = TrainState(model, config, loss_for(dataset, train, config))
     try:
         rates, losses = _ramp(state, to_tensors(train, preprocessor), config, np.geomspace(low, high, steps), smooth)
     finally:
@@ -148,10 +148,9 @@ def find_learning_rate(model, dataset, *, preprocessor, config: TrainConfig | No
 def _ramp(state, tensors, config, rates, smooth):
     """One step at each rate; the rates that were used, and the running mean of the losses."""
     size = min(config.batch_size, len(tensors.y))
-    stream = (batch for epoch in count() for batch in batches(tensors, batch_size=size, seed=config.seed, epoch=epoch, augment=config.augment) if len(batch[1]) == size)
-    means, mean = [], 0.0
-    for t, (rate, (x, y)) in enumerate(zip(rates, stream), start=1):
-        loss = state.step(x, y, t - 1, float(rate))
+    draw, means, mean = drawer(tensors, batch_size=size, seed=config.seed, augment=config.augment), [], 0.0
+    for t, rate in enumerate(rates, start=1):
+        loss = state.step(*draw(t - 1), t - 1, float(rate))
         mean = smooth * mean + (1 - smooth) * loss
         if not np.isfinite(loss) or mean / (1 - smooth**t) > 4 * min(means, default=np.inf):
             break

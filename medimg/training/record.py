@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'environment', 'module_hashes', 'data_hashes', 'RunRecord', 'history_csv', 'save_checkpoint',
-           'load_checkpoint', 'has_checkpoint', 'latest_checkpoint']
+           'load_checkpoint', 'checkpoint_facts', 'has_checkpoint', 'latest_checkpoint']
 
-# %% ../../nbs/training/02a_record.ipynb #4b1bbe6c
+# %% ../../nbs/training/02a_record.ipynb #367268d5
 import ast
+import contextlib
 import csv
 import io
 import json
@@ -421,7 +422,7 @@ def history_csv(history) -> str:
     writer.writerows(history)
     return text.getvalue()
 
-# %% ../../nbs/training/02a_record.ipynb #14d1e447
+# %% ../../nbs/training/02a_record.ipynb #e6d052dd
 def save_checkpoint(path, arrays: dict, facts: dict, *, keep_before: bool = False) -> Path:
     """Write arrays and facts into one atomic `.npz` file without pickle.
 
@@ -491,13 +492,50 @@ def load_checkpoint(path) -> tuple[dict, dict]:
     ...     print(error.what)
     damaged checkpoint
     """
+    with _readable(path) as file:
+        arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(arrays.pop("facts").tobytes())
+
+
+def checkpoint_facts(path) -> dict:
+    """The facts in a checkpoint, without reading its arrays; where there is only the one before `path`, in that.
+
+    Parameters
+    ----------
+    path : str or Path
+        As given to `save_checkpoint`.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    MedimgError
+        When the file is damaged or no checkpoint.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> checkpoint_facts(save_checkpoint(Path(tempfile.mkdtemp()) / "c.npz", {"w": np.zeros(9)}, {"epoch": 2}))
+    {'epoch': 2}
+    """
+    path = Path(path)
+    with _readable(path if path.exists() else _beside(path, "before")) as file:
+        facts = json.loads(file["facts"].tobytes())
+        if not isinstance(facts, dict):
+            raise ValueError("no table of facts")
+        return facts
+
+
+@contextlib.contextmanager
+def _readable(path):
+    """An open checkpoint; whatever is wrong with its bytes becomes one typed error."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        facts = json.loads(arrays.pop("facts").tobytes())
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+            yield file
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, AttributeError, RecursionError) as error:
         raise MedimgError("damaged checkpoint", path=path, remedy="start again with --fresh (resume=False) or another --out") from error
-    return arrays, facts
 
 # %% ../../nbs/training/02a_record.ipynb #36618533
 def has_checkpoint(path) -> bool:

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['StepTime', 'profile_steps']
 
-# %% ../../nbs/training/02f_step_time.ipynb #084bb4dd
+# %% ../../nbs/training/02f_step_time.ipynb #dd499cff
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count
 
 import numpy as np
 
-from ..data.pipeline import batches, to_tensors
+from ..data.pipeline import to_tensors
 from ..errors import ConfigError
 from .fused_norm import fused_norms
+from .loop import drawer
 from .record import TrainConfig
-from .trainer import TrainState, _ahead, _loss_for
+from .trainer import TrainState, _ahead, loss_for
 
 # %% ../../nbs/training/02f_step_time.ipynb #80d5060e
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class StepTime:
         ax.legend(ncols=len(self.parts), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, handlelength=1)
         return Picture(figure, self.sentence())
 
-# %% ../../nbs/training/02f_step_time.ipynb #704b8205
+# %% ../../nbs/training/02f_step_time.ipynb #9544156e
 def profile_steps(model, dataset, *, preprocessor, config: TrainConfig | None = None, rounds: int = 12) -> StepTime:
     """Time the parts of a training step of `fit`; the network is the same afterwards.
 
@@ -107,7 +108,7 @@ def profile_steps(model, dataset, *, preprocessor, config: TrainConfig | None = 
     if rounds < 3:
         raise ConfigError(f"rounds is {rounds}", remedy="give 3 or more")
     config, train, before = config or TrainConfig(), dataset.split("train"), [v.numpy() for v in model.variables]
-    tensors, loss = to_tensors(train, preprocessor), _loss_for(dataset, train, config)
+    tensors, loss = to_tensors(train, preprocessor), loss_for(dataset, train, config)
     config = replace(config, batch_size=min(config.batch_size, len(train)))
     state = TrainState(model, config, loss)
     try:
@@ -137,7 +138,7 @@ def _graphs(model, loss):
 
     return forward, gradient
 
-# %% ../../nbs/training/02f_step_time.ipynb #1dc52169
+# %% ../../nbs/training/02f_step_time.ipynb #529cacc9
 def _clock(call) -> float:
     """Milliseconds of one call."""
     start = time.perf_counter()
@@ -149,27 +150,18 @@ def _timed(state, graphs, tensors, config, rounds):
     """Smallest milliseconds of: forward, gradient, the step's graph, the step, waiting for a batch, making one."""
     import tensorflow as tf
     forward, gradient = graphs
-    drawn = dict(batch_size=config.batch_size, seed=config.seed, augment=config.augment)
-    stream = _endless(tensors, drawn)
-    x, y = next(stream)
+    draw, step = drawer(tensors, batch_size=config.batch_size, seed=config.seed, augment=config.augment), count(1)
+    x, y = draw(0)
     rate, decay = np.float32(config.learning_rate), np.float32(config.ema)
     tx, ty = tf.constant(x), tf.constant(y)
     calls = (lambda: float(forward(tx, ty)), lambda: float(gradient(tx, ty)[1]), lambda: float(state._step(tx, ty, rate, decay)[1]),
-             lambda: state.step(x, y, 0, config.learning_rate), lambda: next(stream))
+             lambda: state.step(x, y, 0, config.learning_rate), lambda: draw(next(step)))
     for call in calls:
         call()
     times = np.array([[_clock(call) for call in calls] for _ in range(rounds)])
-    waits = _waits(state, islice(_endless(tensors, drawn), rounds), config)
+    waits = _waits(state, map(draw, range(rounds)), config)
     best = times.min(axis=0)
     return (*best[:4], float(np.median(waits)), float(np.median(times[:, 4])))
-
-
-def _endless(tensors, drawn):
-    """Full batches without end, epoch after epoch: `drawn` holds what `medimg.data.pipeline.batches` takes."""
-    epoch = 0
-    while True:
-        yield from (batch for batch in batches(tensors, epoch=epoch, **drawn) if len(batch[1]) == drawn["batch_size"])
-        epoch += 1
 
 
 def _waits(state, stream, config):

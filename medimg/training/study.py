@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['run_study']
 
-# %% ../../nbs/training/03a_study.ipynb #1a1b086f
+# %% ../../nbs/training/03a_study.ipynb #e3157253
 import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from ..config import sha256_of
 from ..errors import ConfigError, MedimgError
-from .trainer import _in_notebook
+from .trainer import _say
 from .tuning import SearchConfig, Trial, _decoded, _distributions, _line, _optuna, _pruner, _quiet, _sampler
 
 _PATIENCE_S = 30    # how long a locked database is waited for
@@ -186,7 +185,7 @@ def _in_folder(folder):
     else:
         yield
 
-# %% ../../nbs/training/03a_study.ipynb #e9fb3cb2
+# %% ../../nbs/training/03a_study.ipynb #fe0fac30
 def _one_trial(job, study):
     """Ask for settings, run the objective, tell what came out. An error leaves the trial open: the next call takes it up again."""
     optuna, goals = _optuna(), job.config.goals
@@ -214,10 +213,6 @@ def _one_trial(job, study):
     told = study.tell(trial, scores, state=state)
     if job.progress:
         _say(_line(_trial(job, told), job.config))
-
-
-def _say(text):
-    print(text, file=sys.stdout if _in_notebook() else sys.stderr, flush=True)
 
 # %% ../../nbs/training/03a_study.ipynb #c90a3823
 def _trial(job, frozen):
@@ -255,16 +250,7 @@ def _as_worker(job, threads):
     with _quiet(), _lock(job.out / ".workers", "shared", patience_s=math.inf), _database_errors(job.url):
         _one_trial(job, job.study(_storage(job.url)))
 
-# %% ../../nbs/training/03a_study.ipynb #5e164721
-def _ray():
-    try:
-        import ray
-        from ray import tune
-    except ImportError:
-        raise ConfigError("engine ray needs Ray", remedy='pip install "medimg[ray]"') from None
-    return ray, tune
-
-
+# %% ../../nbs/training/03a_study.ipynb #3c64a936
 def _ray_searcher(job, storage, metric, mode):
     """Ray's OptunaSearch on the search's study."""
     from ray.tune.search.optuna import OptunaSearch
@@ -304,10 +290,13 @@ def _ray_trainable(job, names):
         tune.report({**dict(zip(names, [0.0] * len(names) if failed else scores)), "final": True, "failed": failed})
     return trainable
 
-# %% ../../nbs/training/03a_study.ipynb #4c63135a
+# %% ../../nbs/training/03a_study.ipynb #a024610f
 def _by_ray(job, storage, count):
     """`count` trials by Ray Tune."""
-    ray, tune = _ray()
+    from medimg.training.distributed import ray_of, ray_session
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
+    ray = ray_of(job.config.address, "ray.tune")
+    from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     config, names = job.config, [f"goal{k}" for k in range(len(job.config.goals))]
     modes = [goal[:3] for goal in config.goals]
@@ -316,31 +305,10 @@ def _by_ray(job, storage, count):
         metric=metric, mode=mode, max_t=config.epochs + 1, grace_period=config.first_rung, reduction_factor=config.eta, brackets=3 if config.pruning == "hyperband" else 1)
     how = tune.TuneConfig(search_alg=_ray_searcher(job, storage, metric, mode), scheduler=scheduler, num_samples=count, max_concurrent_trials=config.workers, reuse_actors=True)
     where = tune.RunConfig(name="ray", storage_path=str(job.out.resolve()), verbose=0)
-    with _ray_runtime(ray, config):
+    with ray_session(ray, config.address, config.workers):
         errors = tune.Tuner(_ray_trainable(job, names), tune_config=how, run_config=where).fit().errors
     if errors:
         raise MedimgError(f"{len(errors)} trials ended with an error ({str(errors[0]).strip().splitlines()[-1]})", path=job.out, remedy="mend it and run the same call again")
-
-# %% ../../nbs/training/03a_study.ipynb #d5d5dd25
-@contextlib.contextmanager
-def _ray_runtime(ray, config):
-    """A Ray runtime: the one that is there, the one at `address`, or one on this machine for as long as the block lasts."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")
-    if ray.is_initialized():
-        yield
-        return
-    where = {"address": config.address} if config.address else {"num_cpus": config.workers, "include_dashboard": False}
-    for attempts_left in (1, 0):            # Ray waits 30 s for itself, which a busy machine may need once, and not twice
-        try:
-            ray.init(**where, log_to_driver=False, logging_level="ERROR")
-            break
-        except Exception as error:
-            if not attempts_left:
-                raise MedimgError(f"Ray did not start ({str(error).splitlines()[0]})", remedy="check the address and the machine's load, or use engine optuna") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 # %% ../../nbs/training/03a_study.ipynb #143579df
 def run_study(objective: Callable, space: dict, config: SearchConfig, facts: dict, *, out=None, first=(), progress: bool = True) -> list:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['FIXED', 'DEFAULT_SPACE', 'searchable', 'TrainObjective', 'tune', 'draw_search', 'search_inside']
 
-# %% ../../nbs/training/03b_tuned.ipynb #35f7d18b
+# %% ../../nbs/training/03b_tuned.ipynb #1266d3fd
 import contextlib
 import json
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, MedimgError, nearest
-from .record import RunRecord, TrainConfig, load_checkpoint
+from .record import RunRecord, TrainConfig, has_checkpoint, latest_checkpoint
+from .step_time import _clock
 from .trainer import fit
 from .tuning import Search, SearchConfig, _inside, check_space, search
 
@@ -65,12 +65,7 @@ def _latency_ms(net, repeats=30):
     import tensorflow as tf
     forward, x = tf.function(lambda x: net(x, training=False)), tf.zeros((1, *net.input_shape[1:]))
     forward(x)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        forward(x).numpy()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times) * 1e3)
+    return float(np.median([_clock(lambda: forward(x).numpy()) for _ in range(repeats)]))
 
 # %% ../../nbs/training/03b_tuned.ipynb #bc26fe82
 _COSTS = ("multiply_adds", "parameters", "latency_ms")
@@ -136,7 +131,7 @@ class TrainObjective:
         """Train with `params`, `report` each epoch's validation score, and return the score of the weights that were kept in `folder`."""
         return _train_and_score(self, params, report, Path(folder or tempfile.mkdtemp()))
 
-# %% ../../nbs/training/03b_tuned.ipynb #a9cbc9e9
+# %% ../../nbs/training/03b_tuned.ipynb #87f323da
 def _train_and_score(job, params, report, folder):
     from medimg.models.networks import build_model
     settings = {k: v for k, v in params.items() if k in TrainConfig.__dataclass_fields__}
@@ -165,7 +160,7 @@ def _not_about_retracing(record):
 def _epochs_done(folder):
     """The history of the training that was begun in a folder."""
     path = folder / "checkpoint.npz"
-    return load_checkpoint(path)[1]["history"] if path.exists() else []
+    return latest_checkpoint(path)[1]["history"] if has_checkpoint(path) else []      # what `fit` will go on from
 
 
 def _cost(net, cost):
