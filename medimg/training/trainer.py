@@ -235,7 +235,7 @@ def choose_threshold(y, p) -> float:
     best = cuts[youden == youden.max()]
     return float(best[np.argmin(abs(best - 0.5))])
 
-# %% ../../nbs/training/02_trainer.ipynb #3ee4c373
+# %% ../../nbs/training/02_trainer.ipynb #906b99b4
 class TrainState:
     """A network together with everything its training remembers.
 
@@ -267,8 +267,7 @@ class TrainState:
         self.optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(w, trainable=False) for w in model.get_weights()]
-        known = {id(w) for w in model.weights}
-        self._chances = [v for v in model.variables if id(v) not in known]      # looked up once: Keras walks the whole model, for 10 ms
+        self._chances = _chances(model)
         self._step = _graph_of_step(self, loss, _checked_scales(model, scales), team)
         self._forward = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
@@ -322,11 +321,17 @@ class TrainState:
         for name, variable in _remembered(self):
             variable.assign(arrays[name])
 
-# %% ../../nbs/training/02_trainer.ipynb #18732000
+# %% ../../nbs/training/02_trainer.ipynb #a175d5b5
 def _remembered(state):
     """(name, variable) of everything in a checkpoint that moves with a step."""
     groups = {"weights": state.model.weights, "optimizer": state.optimizer.variables, "average": state.average}
     return [(f"{name}/{i:04d}", variable) for name, group in groups.items() for i, variable in enumerate(group)]
+
+
+def _chances(model):
+    """The variables that are no weights: the states of dropout's random numbers. Looked up once, for Keras walks the whole model, which takes 10 ms."""
+    known = {id(w) for w in model.weights}
+    return [v for v in model.variables if id(v) not in known]
 
 
 def _padded(x, size):
