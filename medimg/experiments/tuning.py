@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'SIZES', 'pneumonia_objective', 'search_pneumonia', 'tune_pneumonia']
 
-# %% ../../nbs/experiments/09_tuning.ipynb #045014e3
+# %% ../../nbs/experiments/09_tuning.ipynb #b792297e
 import json
 import signal
 import subprocess
@@ -28,7 +28,7 @@ from ..training.tuning import Search, SearchConfig
 #: What is searched; the recipe's own values lie inside.
 SPACE = {"learning_rate": ("log", 1e-3, 3e-2), "weight_decay": ("log", 1e-3, 0.5), "label_smoothing": ("uniform", 0.0, 0.2), "dropout": ("uniform", 0.0, 0.4), "width": (8, 12, 16)}
 #: What each profile does: trials, epochs of each, images, and after how many finished trials the search is killed.
-SIZES = {"ci": dict(trials=3, epochs=2, n=96, kills=()), **dict.fromkeys(("course", "full"), dict(trials=20, epochs=12, n=None, kills=(5, 12)))}
+SIZES = {"ci": dict(trials=3, epochs=2, n=96, kills=()), **dict.fromkeys(("course", "full"), dict(trials=20, epochs=24, n=None, kills=(5, 12)))}
 
 
 def pneumonia_objective(profile: str, data: str = "auto"):
