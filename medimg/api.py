@@ -272,17 +272,17 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #cccd5a20
+# %% ../nbs/foundations/api.ipynb #2ac00108
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
-             log: Path | None = None, progress: bool = True) -> dict:
+             log: Path | None = None, progress: bool = True, card: Path | str | None = None) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
 
     Parameters
     ----------
     run_or_bundle : str or Path
-        As in `load_predictor`.
+        As in `load_predictor`; or an `.npz` file of [answers](../evaluation/10b_answers.ipynb) that any program gave to the images of `dataset`.
     dataset : str or ImageDataset, optional
-        Default: the one it was trained on.
+        Default: the one it was trained on; answers need it.
     split : str
         `"test"` (the read is logged), `"val"` or `"train"`.
     n_boot, seed : int
@@ -293,6 +293,8 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         Ledger of test reads; default: `test_reads.jsonl` in the cache.
     progress : bool
         Say which images are used.
+    card : str or Path, optional
+        A folder for `MODEL_CARD.md`, `card.html` and `card.json`: the whole evaluation, with figures.
 
     Returns
     -------
@@ -311,7 +313,8 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     True
     """
     from medimg.evaluation.metrics import evaluate_classification
-    from medimg.experiments.protocol import log_test_read
+    if str(run_or_bundle).endswith(".npz"):
+        return _evaluate_answers(run_or_bundle, dataset, split, {"n_boot": n_boot, "seed": seed}, data, n, log, card, quiet=not progress)
     predictor, facts = load_predictor(run_or_bundle)
     if dataset is None or isinstance(dataset, str):
         dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
@@ -321,12 +324,71 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
     estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
                                         groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    result = _judged_facts(facts, dataset, split, part, estimates, "evaluate_classification", n_boot, log)
+    if card is not None:
+        from medimg.evaluation.questions import Answers
+        answers = Answers(part.labels, p, tuple(facts["classes"]), facts["task"], threshold, part.patient_ids, tuple(part.image_ids), n_boot, seed)
+        result["card"] = _write_card(card, result, answers, part, predictor)
+    return result
+
+# %% ../nbs/foundations/api.ipynb #ad43acbb
+def _judged_facts(facts, dataset, split, part, estimates, metric, n_boot, log):
+    """The result of an evaluation; a look at a test fold goes into the ledger."""
+    from medimg.experiments.protocol import log_test_read
     reads = log_test_read(log or cache_dir() / "test_reads.jsonl", dataset=dataset.name, checksum=dataset.checksum, split=split, model=facts["name"],
-                          version=facts["version"], metric="evaluate_classification") if split == "test" else None
+                          version=facts["version"], metric=metric) if split == "test" else None
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
             "same_data": _is_set(dataset, facts["trained_on"]) if facts["trained_on"] else None,
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
+
+
+def _write_card(folder, result, answers, part, predictor):
+    """The whole evaluation of a classifier as a card in a folder; returns the paths as text."""
+    from medimg.evaluation.answers import about_data, attributes_of, card_points
+    from medimg.evaluation.card import make_card, write_card
+    from medimg.evaluation.questions import classifier_sections
+    attributes, manifest = attributes_of(part), getattr(predictor, "manifest", None)
+    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images if part.images.ndim < 5 else None)
+    points = card_points(part, result, manifest, sections)
+    made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=points, warnings=_seen_before(result) + warnings)
+    return {kind: str(path) for kind, path in write_card(made, folder).items()}
+
+
+def _seen_before(result):
+    """A warning for a fold that had a part in the making of the model."""
+    why = {"val": "The threshold and the number of epochs were chosen on these images", "train": "The model was trained on these images"}.get(result["split"])
+    return [f"{why}: the figures are too good."] if why and result["same_data"] else []
+
+
+def _about_model(result, manifest):
+    """What is known about the model, for the head of its card."""
+    facts = {k: result[k] for k in ("name", "version", "task", "classes", "threshold", "seed") if result.get(k) is not None}
+    facts["intended use"] = f"{RESEARCH_USE}: to learn from and to study; no decision about a patient may rest on it"
+    if manifest:
+        facts |= {"made": manifest["created"], "digest": manifest["digest"], "trained on": manifest["training"]["dataset"], "trained on people": manifest["population"]["description"],
+                  "takes": f"{', '.join(manifest['input']['modality'] or ['any'])}, {' × '.join(map(str, manifest['input']['shape']))} (y, x, channels)",
+                  "licence of the code": manifest["licence"]["code"], "licence of the data": manifest["licence"]["data"], "cite": manifest["licence"]["citation"]}
+    return facts
+
+# %% ../nbs/foundations/api.ipynb #038d33f4
+def _evaluate_answers(file, dataset, split, boots, data, n, log, card, *, quiet):
+    """Judge a file of answers: of a classifier, a segmentation or a detector."""
+    from medimg.evaluation.answers import about_data, card_points, judge_answers, read_answers
+    from medimg.evaluation.card import make_card, write_card
+    given = read_answers(file)
+    if dataset is None:
+        raise ConfigError("answers to which images?", path=Path(file), remedy="name the data set, as in medimg evaluate answers.npz pneumoniamnist")
+    if isinstance(dataset, str):
+        dataset = _load(dataset, data, n, quiet=quiet)
+    part = dataset.split(split)
+    metrics, sections, warnings = judge_answers(given, part, **boots)
+    facts = {"name": given["name"], "dataset": dataset.name, "task": given["kind"], "classes": list(dataset.classes), "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
+    result = _judged_facts(facts, dataset, split, part, metrics, f"answers: {given['kind']}", boots["n_boot"], log)
+    if card is not None:
+        made = make_card(_about_model(result, None), about_data(part, result), sections, points=card_points(part, result, None, sections), warnings=warnings)
+        result["card"] = {kind: str(path) for kind, path in write_card(made, card).items()}
+    return result
 
 # %% ../nbs/foundations/api.ipynb #b8ea9102
 def _is_set(dataset, checksum):

@@ -312,18 +312,20 @@ def tune(dataset: Annotated[str, typer.Argument(help="A registered data set; see
         facts["picture"] = str(draw_search(found).save(picture))
     _say(facts, "\n".join([repr(found), *(f"next: medimg evaluate {out / t.folder}" for t in found.front[:1])]), as_json)
 
-# %% ../nbs/foundations/cli.ipynb #c4fa16d9
+# %% ../nbs/foundations/cli.ipynb #4c08555b
 @app.command()
-def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bundle folder, or the name of a shipped bundle.")],
+def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bundle folder, the name of a shipped bundle, or an .npz file of answers.")],
              dataset: Annotated[str | None, typer.Argument(help="Default: the one it was trained on.")] = None,
              split: Annotated[str, typer.Option(help="test (counted), val or train.")] = "test",
              data: Annotated[str, typer.Option(help="auto: the images of the training, or real ones; real; phantom.")] = "auto",
              n: Annotated[int | None, typer.Option(help="About so many images; default: as many as in the training.", min=20)] = None,
-             n_boot: Annotated[int, typer.Option(min=100, max=100_000)] = 2000, as_json: AsJson = False):
-    """Print the metrics of a run or bundle, each with its 95 % interval."""
+             n_boot: Annotated[int, typer.Option(min=100, max=100_000)] = 2000,
+             card: Annotated[Path | None, typer.Option(help="A folder for the whole evaluation with figures: MODEL_CARD.md, card.html, card.json.")] = None,
+             as_json: AsJson = False):
+    """Print the metrics of a run, a bundle or a file of answers, each with its 95 % interval; with --card the whole evaluation."""
     from medimg import api
-    result = api.evaluate(run_or_bundle, dataset, split=split, data=data, n=n, n_boot=n_boot, progress=False)
-    _say(result, metrics_text(result), as_json)
+    result = api.evaluate(run_or_bundle, dataset, split=split, data=data, n=n, n_boot=n_boot, progress=False, card=card)
+    _say(result, metrics_text(result) + (f"\ncard: {result['card']['html']}" if card else ""), as_json)
 
 # %% ../nbs/foundations/cli.ipynb #0d2375e8
 def metrics_text(result: dict) -> str:

@@ -61,7 +61,7 @@ def tidy(value, digits: int = 4):
         return float(f"{float(value):.{digits}g}") if math.isfinite(value) else None
     raise ConfigError(f"a card cannot hold a {type(value).__name__}", remedy="give numbers, text, lists and dicts")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #18813028
+# %% ../../nbs/evaluation/10_model_card.ipynb #f45bd780
 def table(caption: str, columns, rows) -> dict:
     """A table of a card.
 
@@ -72,7 +72,7 @@ def table(caption: str, columns, rows) -> dict:
     columns : sequence of str
         Heads.
     rows : sequence of sequences
-        Text, numbers, None (shown as "not defined") or Estimates, as many as there are columns.
+        Text, numbers, None (shown as a dash) or Estimates, as many as there are columns.
 
     Returns
     -------
@@ -270,11 +270,11 @@ def card_json(card: dict) -> str:
     plain = {**card, "sections": [{k: v for k, v in s.items() if k != "images"} | {"pictures": [caption for caption, _ in s["images"]]} for s in card["sections"]]}
     return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #30272931
+# %% ../../nbs/evaluation/10_model_card.ipynb #0535110f
 def _number(value) -> str:
     """A number, text or None as HTML."""
     if value is None:
-        return "not defined"
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
@@ -330,12 +330,12 @@ def draw_chart(c: dict):
         ax.legend(fontsize=8)
     return plots.Picture(figure, f"{c['title']}; {c['y']} over {c['x']}: {', '.join(s['name'] for s in c['series'])}")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #259c28b7
+# %% ../../nbs/evaluation/10_model_card.ipynb #ab7a48bb
 def _chart_html(c) -> str:
     picture = draw_chart(c)
     points = "".join(_table_html({"caption": f"{c['title']}: {s['name']}, the points", "columns": [k for k in ("x", "y", "low", "high") if k in s],
                                   "rows": list(map(list, zip(*(s[k] for k in ("x", "y", "low", "high") if k in s))))}, folded=True) for s in c["series"])
-    return f'<figure><img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{b64encode(picture.png).decode()}"><figcaption>{html.escape(c["title"])}</figcaption></figure>{points}'
+    return f'<figure><img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{b64encode(picture.png).decode()}"></figure>{points}'
 
 
 def _image_html(caption, image) -> str:
@@ -385,7 +385,7 @@ def render_html(card: dict) -> str:
             + f'<nav aria-label="Contents"><ul>{links}</ul></nav><section id="model"><h2>What it is</h2>{_facts_html(card["model"])}</section><section id="data"><h2>What it was judged on</h2>{_facts_html(card["data"])}</section>'
             + "".join(map(_section_html, card["sections"])) + points + "</main></body></html>\n")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #8cab9b52
+# %% ../../nbs/evaluation/10_model_card.ipynb #61fd6bc1
 def render_markdown(card: dict) -> str:
     """The card as Markdown for a repository: facts, sentences, tables and the checklist; charts are named and left to the page.
 
@@ -417,7 +417,7 @@ def render_markdown(card: dict) -> str:
 def _plain(value) -> str:
     if isinstance(value, (list, dict)):
         return ", ".join(_plain(v) for v in value) if isinstance(value, list) else "; ".join(f"{k.replace('_', ' ')}: {_plain(v)}" for k, v in value.items())
-    text = "not defined" if value is None else str(value) if not isinstance(value, bool) else "yes" if value else "no"
+    text = "–" if value is None else str(value) if not isinstance(value, bool) else "yes" if value else "no"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
