@@ -221,7 +221,7 @@ def checklist(facts: dict) -> list:
         raise ConfigError(f"no point called {strange[0]!r}", remedy=f"one of {', '.join(keys)}")
     return [{"point": point, "state": "filled" if facts.get(key) else "open", "text": facts.get(key) or f"not known: {wanted}"} for point, key, wanted in CHECKLIST]
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #3860359b
+# %% ../../nbs/evaluation/10_model_card.ipynb #bb7eb239
 def make_card(model: dict, data: dict, sections, *, points=(), warnings=()) -> dict:
     """A whole card.
 
@@ -260,7 +260,16 @@ def make_card(model: dict, data: dict, sections, *, points=(), warnings=()) -> d
 
 
 def card_json(card: dict) -> str:
-    """The card as JSON text, without its pictures: every number that the page shows, and no other.
+    """The `card` as JSON text, without its pictures: every number that the page shows, and no other.
+
+    Parameters
+    ----------
+    card : dict
+        As from `make_card`.
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -385,7 +394,7 @@ def render_html(card: dict) -> str:
             + f'<nav aria-label="Contents"><ul>{links}</ul></nav><section id="model"><h2>What it is</h2>{_facts_html(card["model"])}</section><section id="data"><h2>What it was judged on</h2>{_facts_html(card["data"])}</section>'
             + "".join(map(_section_html, card["sections"])) + points + "</main></body></html>\n")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #61fd6bc1
+# %% ../../nbs/evaluation/10_model_card.ipynb #67159427
 def render_markdown(card: dict) -> str:
     """The card as Markdown for a repository: facts, sentences, tables and the checklist; charts are named and left to the page.
 
@@ -403,12 +412,12 @@ def render_markdown(card: dict) -> str:
     >>> render_markdown(make_card({"name": "toy"}, {"n": 3}, [])).splitlines()[0]
     '# toy'
     """
-    lines = [f"# {card['model'].get('name', 'model')} {card['model'].get('version') or ''}".strip(), f"> {card['research_use'].capitalize()}.", *(f"> **{w}**" for w in card["warnings"])]
+    lines = [_plain(f"# {card['model'].get('name', 'model')} {card['model'].get('version') or ''}".strip()), f"> {card['research_use'].capitalize()}.", *(f"> **{_plain(w)}**" for w in card["warnings"])]
     for title, facts in (("What it is", card["model"]), ("What it was judged on", card["data"])):
-        lines += [f"## {title}", "\n".join(f"- {k.replace('_', ' ')}: {_plain(v)}" for k, v in facts.items())]
+        lines += [f"## {title}", "\n".join(f"- {_plain(k.replace('_', ' '))}: {_plain(v)}" for k, v in facts.items())]
     for s in card["sections"]:
-        lines += [f"## {s['title']}", "\n".join(f"- {line}" for line in s["reading"])] + [_table_markdown(t) for t in s["tables"]]
-        lines += [f"Charts in the page: {', '.join(c['title'] for c in s['charts'])}."] if s["charts"] else []
+        lines += [f"## {_plain(s['title'])}", "\n".join(f"- {_plain(line)}" for line in s["reading"])] + [_table_markdown(t) for t in s["tables"]]
+        lines += [f"Charts in the page: {_plain([c['title'] for c in s['charts']])}."] if s["charts"] else []
     rows = [[r["point"], r["state"] if r["state"] == "filled" else "**open**", r["text"]] for r in card["checklist"]]
     lines += ["## What a reader should ask", _table_markdown({"caption": "After CLAIM 2024 and TRIPOD+AI, in our words.", "columns": ["point", "state", "what is known"], "rows": rows})] if rows else []
     return "\n\n".join(line for line in lines if line) + "\n"
@@ -416,14 +425,14 @@ def render_markdown(card: dict) -> str:
 
 def _plain(value) -> str:
     if isinstance(value, (list, dict)):
-        return ", ".join(_plain(v) for v in value) if isinstance(value, list) else "; ".join(f"{k.replace('_', ' ')}: {_plain(v)}" for k, v in value.items())
+        return ", ".join(_plain(v) for v in value) if isinstance(value, list) else "; ".join(f"{_plain(k.replace('_', ' '))}: {_plain(v)}" for k, v in value.items())
     text = "–" if value is None else str(value) if not isinstance(value, bool) else "yes" if value else "no"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _table_markdown(t) -> str:
     rows = ["| " + " | ".join(_plain(v) for v in row) + " |" for row in t["rows"]]
-    return "\n".join([t["caption"], "", "| " + " | ".join(t["columns"]) + " |", "|" + "---|" * len(t["columns"]), *rows])
+    return "\n".join([_plain(t["caption"]), "", "| " + " | ".join(map(_plain, t["columns"])) + " |", "|" + "---|" * len(t["columns"]), *rows])
 
 
 def write_card(card: dict, folder) -> dict:

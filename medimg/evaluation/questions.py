@@ -6,7 +6,8 @@
 __all__ = ['LEAST', 'WIDE', 'Answers', 'skill', 'cut', 'meaning', 'whom', 'errors', 'classifier_sections',
            'segmentation_sections', 'detection_sections']
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #3efbb07c
+# %% ../../nbs/evaluation/10a_questions.ipynb #95187753
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +70,7 @@ class Answers:
     def __post_init__(self):
         y, p = np.asarray(self.y), np.asarray(self.p, float)
         p = np.stack([1 - p, p], axis=1) if p.ndim == 1 else p
-        _checked(y, p, self.classes)
-        for name, column in (("patient ids", self.groups), ("names", self.ids)):
-            if column is not None and len(column) != len(y):
-                raise ConfigError(f"{len(column)} {name} for {len(y)} cases", remedy="give one a case")
+        _checked(y, p, self.classes, {"patient ids": self.groups, "names": self.ids})
         object.__setattr__(self, "y", y.astype(int))
         object.__setattr__(self, "p", p)
         object.__setattr__(self, "threshold", 0.5 if self.threshold is None else float(self.threshold))
@@ -87,9 +85,11 @@ class Answers:
         """What every interval of these answers is made with."""
         return {"groups": self.groups, "n_boot": self.n_boot, "seed": self.seed}
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #79380511
-def _checked(y, p, classes):
+# %% ../../nbs/evaluation/10a_questions.ipynb #07d499e2
+def _checked(y, p, classes, columns):
     """Refuse what cannot be judged."""
+    if wrong := [name for name, column in columns.items() if column is not None and len(column) != len(y)]:
+        raise ConfigError(f"{len(columns[wrong[0]])} {wrong[0]} for {len(y)} cases", remedy="give one a case")
     if y.ndim != 1 or p.shape != (len(y), len(classes)):
         raise ConfigError(f"labels {y.shape} and probabilities {p.shape} for {len(classes)} classes", remedy="one label and one column a class for each case")
     if not np.issubdtype(y.dtype, np.integer) or ((y < 0) | (y >= len(classes))).any():
@@ -102,7 +102,7 @@ def _checked(y, p, classes):
         few = int(counts.argmin())
         raise ConfigError(f"{counts[few]} cases of {classes[few]!r}: too few to say anything", remedy=f"at least {LEAST} of each class, and better a hundred")
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #f947107e
+# %% ../../nbs/evaluation/10a_questions.ipynb #f8efbf5a
 def _row(name, e: Estimate):
     return [name, *tidy(e), e.n, e.method]
 
@@ -130,14 +130,16 @@ def skill(a: Answers) -> tuple:
     found = evaluate_classification(a.y, a.p, classes=a.classes, task=a.task, threshold=a.threshold, **a.boots)
     more = {"balanced accuracy": (balanced_accuracy, a.y_hat), "Matthews' correlation": (mcc, a.y_hat)}
     more |= {"average precision": (average_precision, a.p[:, 1])} if a.task == "binary" else {}
-    found |= {name: bootstrap_ci(metric, a.y, scores, **a.boots | {"n_boot": min(a.n_boot, 500)}) for name, (metric, scores) in more.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # a resample in which one of them is not defined is left out
+        found |= {name: bootstrap_ci(metric, a.y, scores, **a.boots | {"n_boot": min(a.n_boot, 500)}) for name, (metric, scores) in more.items()}
     wide = found["auc"].high - found["auc"].low
-    warnings = [f"Too small to tell: the interval of the AUC is {wide:.2f} wide, from {found['auc'].low:.2f} to {found['auc'].high:.2f}."] if wide > WIDE else []
+    framed = [f"Too small to tell: the interval of the AUC is {wide:.2f} wide, from {found['auc'].low:.2f} to {found['auc'].high:.2f}."] if wide > WIDE else []
     who = "patients" if a.groups is not None else "images, for patients are not known: too narrow"
     reading = [f"AUC {found['auc']} on {len(a.y)} images; intervals are over {who}."]
     rows = [[name, *row] for name, row in zip(a.classes, confusion(a.y, a.y_hat, len(a.classes)).tolist())]
     tables = [table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in found.items()]), table("Who was called what (rows: truth)", ["truth", *(f"called {c}" for c in a.classes)], rows)]
-    return section("skill", "Does it tell them apart?", reading=reading, tables=tables, charts=[_roc(a)]), warnings
+    return section("skill", "Does it tell them apart?", reading=reading, tables=tables, charts=[_roc(a)]), framed
 
 
 def _roc(a):
@@ -270,7 +272,7 @@ def errors(a: Answers, images=None, *, most: int = 12) -> dict:
     reading = [f"{int(wrong.sum())} of {len(a.y)} answers are wrong; the {len(rows)} in which the truth was given the least probability are listed."]
     return section("errors", "Which cases went most wrong?", reading=reading, tables=[table("Worst errors", ["case", "truth", "answer", "probability of the truth"], listed)], images=shown)
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #33f65aea
+# %% ../../nbs/evaluation/10a_questions.ipynb #21db0101
 def classifier_sections(a: Answers, *, attributes=None, images=None) -> tuple:
     """Every section that answers alone can fill.
 
@@ -293,12 +295,12 @@ def classifier_sections(a: Answers, *, attributes=None, images=None) -> tuple:
     >>> [part["key"] for part in parts], warnings
     (['skill', 'cut', 'meaning', 'errors'], [])
     """
-    first, warnings = skill(a)
+    first, framed = skill(a)
     binary = a.task == "binary"
     parts = [first, *([cut(a)] if binary else []), meaning(a), *([whom(a, attributes)] if attributes and binary else []), errors(a, images)]
-    return parts, warnings
+    return parts, framed
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #3d0b6a9f
+# %% ../../nbs/evaluation/10a_questions.ipynb #915c7eeb
 def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images=None, ids=None, n_boot: int = 1000) -> tuple:
     """The sections of a segmentation.
 
@@ -343,13 +345,13 @@ def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images
     reading = [f"Mean Dice {found['dice']} over {len(masks)} cases; {found['missed']} cases were missed altogether, in {found['invented']} something was drawn where nothing is.",
                f"Distances are in {unit}; cases in which a distance is not defined are left out of its mean, and counted in n."]
     wide = found["dice"].high - found["dice"].low
-    warnings = [f"Too small to tell: the interval of the mean Dice is {wide:.2f} wide."] if wide > WIDE else []
+    framed = [f"Too small to tell: the interval of the mean Dice is {wide:.2f} wide."] if wide > WIDE else []
     size, order = np.array([np.count_nonzero(t) for t in truths], float), np.argsort(np.nan_to_num(cases["dice"], nan=1.0), kind="stable")[:12]
     parts = [section("overlap", "How well does it agree with the drawn truth?", reading=reading, tables=[table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in estimates.items()])]),
              section("size", "Is it worse where the truth is small?", charts=[chart("Dice and size", "pixels or voxels of the truth", "Dice", {"cases": {"x": size, "y": cases["dice"]}}, kind="points")]),
              section("errors", "Which cases went most wrong?", tables=[table("Worst cases", ["case", "Dice", "size of the truth", "size of the answer"], [[names[i], cases["dice"][i], int(size[i]), int(np.count_nonzero(masks[i]))] for i in order])],
                      images=[] if images is None else [(f"{names[i]}: truth blue, answer orange", _outlined(images[i], truths[i], masks[i])) for i in order])]
-    return parts, warnings
+    return parts, framed
 
 # %% ../../nbs/evaluation/10a_questions.ipynb #789866ed
 def _outlined(image, truth, mask):
@@ -366,7 +368,7 @@ def _outlined(image, truth, mask):
         picture[inside & ~core] = colour
     return picture
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #9fd9bd90
+# %% ../../nbs/evaluation/10a_questions.ipynb #c7eea57e
 def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed: int = 0) -> tuple:
     """The sections of a detector.
 
@@ -405,10 +407,10 @@ def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed
     missed, alarms = np.array([int(np.isinf(part[0]).sum()) for part in parts]), np.array([len(part[1]) for part in parts])
     reading = [f"{lesions.sum()} lesions in {len(parts)} scans; at one false alarm a scan {found['sensitivity[1]'].value:.1%} are found (95 % interval {found['sensitivity[1]'].low:.1%} to {found['sensitivity[1]'].high:.1%})."]
     wide = found["sensitivity[1]"].high - found["sensitivity[1]"].low
-    warnings = [f"Too small to tell: the interval of the sensitivity at one false alarm is {wide:.2f} wide."] if wide > WIDE else []
+    framed = [f"Too small to tell: the interval of the sensitivity at one false alarm is {wide:.2f} wide."] if wide > WIDE else []
     rows = np.unique(np.linspace(0, len(curve.alarms) - 1, 60).astype(int))
     worst = [int(i) for i in np.lexsort((-alarms, -missed))][:12]
     return [section("found", "What does it find, at which price?", reading=reading, tables=[table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in found.items()])],
                     charts=[chart("Free-response curve", "false alarms a scan", "share of the lesions found", {"model": {"x": curve.alarms[rows], "y": curve.sensitivity[rows]}})]),
             section("errors", "Which cases went most wrong?", tables=[table("Scans with the most missed lesions, then with the most false alarms", ["scan", "lesions", "missed", "false alarms"],
-                                                                            [[names[i], int(lesions[i]), int(missed[i]), int(alarms[i])] for i in worst])])], warnings
+                                                                            [[names[i], int(lesions[i]), int(missed[i]), int(alarms[i])] for i in worst])])], framed

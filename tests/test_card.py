@@ -1,0 +1,215 @@
+"""The model card: page, Markdown and JSON say the same; a bundle, and answers of classifiers, segmentations and detectors, go through one door."""
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, brier_score_loss, matthews_corrcoef, roc_auc_score
+
+import medimg
+from medimg.data.datasets import ImageDataset
+from medimg.errors import ConfigError, DatasetError
+from medimg.evaluation import answers, questions
+from medimg.evaluation.card import chart, make_card, render_html, render_markdown, section, table, tidy
+
+
+class Page(HTMLParser):
+    """What a reader of the page can see, apart: numbers, words, tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.numbers, self.words, self.tags, self.alts, self.stack = Counter(), [], Counter(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        if tag == "img":
+            self.alts.append(dict(attributes).get("alt"))
+        if tag not in ("meta", "img", "br"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, text):
+        if self.stack and self.stack[-1] == "data":
+            self.numbers[json.loads(text)] += 1
+        elif self.stack and self.stack[-1] not in ("style", "title"):
+            self.words.append(text)
+
+
+def numbers_in(value):
+    if isinstance(value, (dict, list)):
+        return sum((numbers_in(v) for v in (value.values() if isinstance(value, dict) else value)), Counter())
+    return Counter([value]) if isinstance(value, (int, float)) and not isinstance(value, bool) else Counter()
+
+
+def texts_in(value):
+    if isinstance(value, (dict, list)):
+        return [t for v in (value.values() if isinstance(value, dict) else value) for t in texts_in(v)]
+    return [value] if isinstance(value, str) else []
+
+
+def same(folder):
+    """The three files of a card agree; returns the JSON and the page."""
+    card, page = json.loads((folder / "card.json").read_text()), Page((folder / "card.html").read_text())
+    assert page.numbers == numbers_in(card)
+    shown, markdown = " ".join(page.words), (folder / "MODEL_CARD.md").read_text()
+    for line in [line for s in card["sections"] for line in s["reading"]] + [row["text"] for row in card["checklist"]]:
+        assert line in shown, line
+    for s in card["sections"]:
+        for t in s["tables"]:
+            for row in t["rows"]:
+                assert all(v is None or json.dumps(v) in markdown for v in row if isinstance(v, float))
+    assert "research use, not a medical device" in shown and all(page.alts) and page.tags["h1"] == page.tags["main"] == 1 and not page.stack
+    return card, page
+
+
+def toy(n=120, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, 24, 24)).astype(np.uint8)
+    return ImageDataset("toy", images, rng.integers(0, 2, n), ["test"] * n, classes=("healthy", "ill"), **more)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The card of a classifier's answers, and what it was made from."""
+    home, rng = tmp_path_factory.mktemp("card"), np.random.default_rng(1)
+    dataset = toy(meta={"sex": rng.choice(["F", "M"], 120), "age": rng.integers(1, 90, 120)}, patient_ids=np.repeat(np.arange(60), 2))
+    p = np.clip(0.35 + 0.3 * dataset.labels + rng.normal(0, 0.2, 120), 0.01, 0.99)
+    order = rng.permutation(120)
+    file = answers.write_answers(home / "a.npz", image_ids=dataset.image_ids[order], p=np.stack([1 - p, p], 1)[order], threshold=0.55, name="other", version="7")
+    result = medimg.evaluate(file, dataset, n_boot=200, log=home / "reads.jsonl", card=home / "out", progress=False)
+    return dataset, p, result, home
+
+
+def figures(card, key, caption=0):
+    return {row[0]: row[1] for s in card["sections"] if s["key"] == key for row in s["tables"][caption]["rows"]}
+
+
+def test_page_markdown_and_json_of_a_classifier_agree(judged):
+    card, page = same(judged[3] / "out")
+    assert [s["key"] for s in card["sections"]] == ["skill", "cut", "meaning", "whom", "errors"] and page.tags["img"] >= 4 + 12
+
+
+def test_the_figures_are_those_of_scikit_learn(judged):
+    dataset, p, result, home = judged
+    card, y = json.loads((home / "out" / "card.json").read_text()), dataset.labels
+    found = figures(card, "skill")
+    assert found["auc"] == tidy(roc_auc_score(y, p)) and found["average precision"] == tidy(average_precision_score(y, p))
+    assert found["Matthews' correlation"] == tidy(matthews_corrcoef(y, p >= 0.55))
+    assert figures(card, "meaning")["Brier score"] == tidy(brier_score_loss(y, p))
+    assert result["metrics"]["auc"]["value"] == pytest.approx(roc_auc_score(y, p)) and result["test_reads"] == 1 and len((home / "reads.jsonl").read_text().splitlines()) == 1
+    roc = next(c for s in card["sections"] for c in s["charts"] if c["title"] == "ROC curve")["series"][0]
+    assert roc["y"][-1] == 1 and (np.diff(roc["y"]) >= 0).all() and all(low <= y <= high for y, low, high in zip(roc["y"], roc["low"], roc["high"]))
+
+
+def test_worst_errors_are_the_worst(judged):
+    dataset, p, _, home = judged
+    card = json.loads((home / "out" / "card.json").read_text())
+    true, wrong = np.where(dataset.labels == 1, p, 1 - p), (p >= 0.55) != dataset.labels
+    worst = sorted((true[i], dataset.image_ids[i][:12]) for i in np.flatnonzero(wrong))[:12]
+    assert [(row[3], row[0]) for row in next(s for s in card["sections"] if s["key"] == "errors")["tables"][0]["rows"]] == [(tidy(t), name) for t, name in worst]
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_a_segmentation_and_a_detector_get_the_same_page(kind, tmp_path):
+    rng, n = np.random.default_rng(3), 24
+    corners = rng.integers(2, 8, (n, 2))
+    truth = np.zeros((n, 24, 24), np.uint8)
+    for t, (y, x) in zip(truth, corners):
+        t[y:y + 10, x:x + 12] = 1
+    if kind == "segmentation":
+        dataset = toy(n, task="segmentation", masks=truth)
+        masks = np.array([np.roll(m, rng.integers(0, 3), axis=1) for m in dataset.masks])
+        given = {"masks": masks}
+    else:
+        dataset = toy(n, task="detection", boxes=np.concatenate([corners, corners + (10, 12)], axis=1)[:, None].astype(float))
+        given = {"boxes": np.concatenate([dataset.boxes[:, 0] + (1, 0, 1, 0), [[0, 0, 2, 2]] * 6]), "scores": rng.random(n + 6), "rows": np.r_[np.arange(n), np.arange(6)]}
+    result = medimg.evaluate(answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids, **given), dataset, n_boot=50, log=tmp_path / "log", card=tmp_path / "out", progress=False)
+    card, _ = same(tmp_path / "out")
+    assert card["sections"][0]["reading"] and card["model"]["task"] == kind
+    if kind == "segmentation":
+        pairs = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in zip(masks.astype(bool), dataset.masks.astype(bool))]
+        assert result["metrics"]["dice"]["value"] == pytest.approx(np.mean(pairs), abs=1e-12)
+    else:
+        assert result["metrics"]["sensitivity[all marks]"]["value"] == 1 and result["metrics"]["alarms"]["value"] == pytest.approx(6 / n)
+
+
+def test_a_shipped_bundle_on_validation_images_says_that_they_were_used(tmp_path):
+    result = medimg.evaluate("phantom-cxr", split="val", n_boot=100, card=tmp_path, progress=False)
+    card, page = same(tmp_path)
+    assert card["warnings"] and "too good" in card["warnings"][0] and card["model"]["digest"] and figures(card, "skill")["auc"] == tidy(result["metrics"]["auc"]["value"])
+    states = {row["point"]: row["state"] for row in card["checklist"]}
+    assert states["who was included"] == "filled" and states["readers of the reference"] == "open"
+
+
+def test_text_from_outside_does_not_become_markup():
+    evil = '"><script>alert(1)</script>'
+    card = make_card({"name": evil, evil: evil}, {"dataset": evil}, [section("a b", evil, reading=[evil], tables=[table(evil, [evil], [[evil]])], images=[(evil, np.zeros((2, 2), np.uint8))])], warnings=[evil])
+    page = Page(render_html(card))
+    assert not page.tags["script"] and not re.search(r"<script", render_html(card)) and "<script" not in render_markdown(card)
+
+
+@pytest.mark.parametrize("value", [object(), {1: {2}}, b"x"])
+def test_a_card_takes_only_what_json_can_hold(value):
+    with pytest.raises(ConfigError, match="cannot hold"):
+        tidy(value)
+
+
+def test_tidy_rounds_once():
+    rng = np.random.default_rng(0)
+    values = np.r_[rng.normal(size=200) * 10.0 ** rng.integers(-8, 8, 200), 0, np.nan, np.inf]
+    once = tidy(values)
+    assert tidy(once) == once and once[-2:] == [None, None]
+    assert all(abs(a - b) <= 5.01e-4 * abs(b) for a, b in zip(once[:200], values))
+
+
+@pytest.mark.parametrize("change, match", [({"y": [2] * 40}, "outside"), ({"y": [0.5] * 40}, "outside"), ({"p": np.full((40, 2), 0.7)}, "add up"), ({"p": np.full((40, 2), np.nan)}, "add up"),
+                                           ({"p": np.full((39, 2), 0.5)}, "labels"), ({"groups": [1]}, "patient ids"), ({"y": [0] * 35 + [1] * 5}, "too few"), ({"y": [0] * 40}, "too few")])
+def test_answers_that_cannot_be_judged_are_refused(change, match):
+    with pytest.raises(ConfigError, match=match):
+        questions.Answers(**{"y": np.tile([0, 1], 20), "p": np.full((40, 2), 0.5), "classes": ("no", "yes")} | change)
+
+
+def test_a_small_set_is_framed():
+    y = np.tile([0, 1], 12)
+    parts, warnings = questions.classifier_sections(questions.Answers(y, np.clip(0.4 + 0.2 * y + np.random.default_rng(0).normal(0, 0.3, 24), 0, 1), ("no", "yes"), n_boot=100))
+    assert warnings and "Too small to tell" in warnings[0]
+
+
+@pytest.mark.parametrize("arrays, match", [({"p": np.ones((2, 2))}, "no answers|answers for"), ({"masks": np.ones((3, 2, 2)), "p": np.ones((3, 2))}, "holds"), ({}, "holds"),
+                                           ({"boxes": np.ones((2, 4)), "scores": np.ones(2)}, "need scores"), ({"boxes": np.ones((2, 4)), "scores": np.ones(2), "rows": [0, 7]}, "need scores")])
+def test_files_of_answers_that_do_not_fit_are_refused(arrays, match, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        answers.read_answers(answers.write_answers(tmp_path / "a.npz", image_ids=["a", "b", "c"], **arrays))
+
+
+def test_objects_damage_and_bombs_are_refused(tmp_path, monkeypatch):
+    np.savez(tmp_path / "objects.npz", image_ids=np.array(["a"]), p=np.array([{}], dtype=object))
+    (tmp_path / "cut.npz").write_bytes(answers.write_answers(tmp_path / "a.npz", image_ids=["a"], p=[[0.0, 1.0]]).read_bytes()[:60])
+    for name in ("objects", "cut", "none"):
+        with pytest.raises(ConfigError):
+            answers.read_answers(tmp_path / f"{name}.npz")
+    monkeypatch.setattr(answers, "MOST_BYTES", 10)
+    with pytest.raises(ConfigError, match="unpacks to more"):
+        answers.read_answers(tmp_path / "a.npz")
+
+
+def test_holes_and_missing_truth_are_refused(tmp_path):
+    dataset = toy(40)
+    few = answers.read_answers(answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids[:30], p=np.full((30, 2), 0.5)))
+    with pytest.raises(DatasetError, match="10 of 40"):
+        answers.judge_answers(few, dataset)
+    masks = answers.read_answers(answers.write_answers(tmp_path / "b.npz", image_ids=dataset.image_ids, masks=np.ones((40, 24, 24))))
+    with pytest.raises(DatasetError, match="no masks"):
+        answers.judge_answers(masks, dataset)
+    with pytest.raises(ConfigError, match="which images"):
+        medimg.evaluate(tmp_path / "a.npz", progress=False)
+
+
+def test_a_chart_needs_columns_of_one_length():
+    with pytest.raises(ConfigError, match="different lengths"):
+        chart("t", "x", "y", {"a": {"x": [0, 1], "y": [0]}})
