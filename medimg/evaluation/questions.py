@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'WIDE', 'Answers', 'skill', 'cut', 'meaning', 'whom', 'errors', 'classifier_sections',
            'segmentation_sections', 'detection_sections']
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #95187753
+# %% ../../nbs/evaluation/10a_questions.ipynb #45eb37c5
 import warnings
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from .subgroups import subgroup_table
 #: Fewer cases of a class than this: nothing is printed. An interval of the main figure wider than `WIDE`: a banner.
 LEAST, WIDE = 10, 0.2
 
-
+# %% ../../nbs/evaluation/10a_questions.ipynb #98c9645f
 @dataclass(frozen=True, eq=False)
 class Answers:
     """What a classifier answered, beside the truth.
