@@ -1,12 +1,15 @@
 """The search: killed and gone on with equals uninterrupted, ASHA does what its paper says, workers lose and repeat nothing, and mistakes are one line."""
+import importlib.util
 import json
 import math
 import os
 import random
 import signal
 import sqlite3
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -460,3 +463,40 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     for extra, word in ((["--space", "learning_rat=log:0.001:0.1"], "learning_rate"), (["--pruner", "asha", "--cost", "parameters"], "2 goals"), (["--engine", "rai"], "ray")):
         done = medimg("tune", "phantom-cxr", "--out", tmp_path, "--profile", "ci", "--n", 40, "--data", "phantom", "--quiet", *extra)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and word in done.stderr and not done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """The URL of a real PostgreSQL server on a socket of its own, gone afterwards."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(p) for p in [shutil.which("initdb")] if p]
+    if not found or importlib.util.find_spec("psycopg") is None:
+        pytest.skip("no PostgreSQL server (Debian: postgresql) or no psycopg (pip install 'psycopg[binary]') on this machine")
+    home, bin = Path(tempfile.mkdtemp(prefix="pg")), found[-1].parent       # a short path: sockets have at most 107 characters
+    who = []
+    if os.geteuid() == 0:                                                    # the server refuses to run as root
+        shutil.chown(home, "postgres")
+        who = ["runuser", "-u", "postgres", "--"]
+    def run(*command): subprocess.run([*who, *map(str, command)], check=True, capture_output=True, cwd=home)
+    run(bin / "initdb", "-D", home / "data", "-A", "trust", "-U", "course")
+    run(bin / "pg_ctl", "-D", home / "data", "-o", f"-k {home} -c listen_addresses=''", "-l", home / "log", "-w", "start")
+    try:
+        yield f"postgresql://course@/postgres?host={home}"
+    finally:
+        run(bin / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_search_in_postgresql_equals_one_in_sqlite_and_goes_on_after_a_kill(postgres, tmp_path):
+    script = TOY.replace("workers=int(sys.argv[3]))", "workers=int(sys.argv[3]), storage=sys.argv[5] if len(sys.argv) > 5 else None, name=sys.argv[1][-3:])")
+    assert script != TOY
+    def command(name, *more): return [sys.executable, "-c", script, str(tmp_path / name), "12", "1", "0", *more]
+    subprocess.run(command("aaa"), check=True, capture_output=True)
+    assert kill_at(command("bbb", postgres), 30, 0.05), "the search was over before the kill"
+    subprocess.run(command("bbb", postgres), check=True, capture_output=True)
+    assert table(tmp_path / "aaa") == table(tmp_path / "bbb") and not (tmp_path / "bbb" / "study.db").exists()
+
+
+def test_a_server_that_does_not_answer_is_one_line(postgres, tmp_path):
+    with pytest.raises(MedimgError, match="does not answer"):
+        search(lambda params, report, folder: 1.0, {"a": ("uniform", 0.0, 1.0)}, SearchConfig(trials=2, epochs=1, storage=postgres.replace("host=", "host=/nowhere")), out=tmp_path, progress=False)
