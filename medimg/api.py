@@ -272,7 +272,7 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #2ac00108
+# %% ../nbs/foundations/api.ipynb #17ce72d8
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True, card: Path | str | None = None) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -328,10 +328,10 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     if card is not None:
         from medimg.evaluation.questions import Answers
         answers = Answers(part.labels, p, tuple(facts["classes"]), facts["task"], threshold, part.patient_ids, tuple(part.image_ids), n_boot, seed)
-        result["card"] = _write_card(card, result, answers, part, predictor)
+        result["card"] = _write_card(card, result, answers, part, predictor, dataset.split("val") if split == "test" and "val" in dataset.splits else None)
     return result
 
-# %% ../nbs/foundations/api.ipynb #ad43acbb
+# %% ../nbs/foundations/api.ipynb #f0c1e09e
 def _judged_facts(facts, dataset, split, part, estimates, metric, n_boot, log):
     """The result of an evaluation; a look at a test fold goes into the ledger."""
     from medimg.experiments.protocol import log_test_read
@@ -343,13 +343,14 @@ def _judged_facts(facts, dataset, split, part, estimates, metric, n_boot, log):
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
 
-def _write_card(folder, result, answers, part, predictor):
+def _write_card(folder, result, answers, part, predictor, val):
     """The whole evaluation of a classifier as a card in a folder; returns the paths as text."""
     from medimg.evaluation.answers import about_data, attributes_of, card_points
     from medimg.evaluation.card import make_card, write_card
     from medimg.evaluation.questions import classifier_sections
     attributes, manifest = attributes_of(part), getattr(predictor, "manifest", None)
-    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images if part.images.ndim < 5 else None)
+    calibration = None if val is None else (val.labels, predictor.predict(val.images))
+    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images, calibration=calibration, predict=predictor.predict)
     points = card_points(part, result, manifest, sections)
     made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=points, warnings=_seen_before(result) + warnings)
     return {kind: str(path) for kind, path in write_card(made, folder).items()}

@@ -91,7 +91,7 @@ def figures(card, key, caption=0):
 
 def test_page_markdown_and_json_of_a_classifier_agree(judged):
     card, page = same(judged[3] / "out")
-    assert [s["key"] for s in card["sections"]] == ["skill", "cut", "meaning", "whom", "errors"] and page.tags["img"] >= 4 + 12
+    assert [s["key"] for s in card["sections"]] == ["skill", "cut", "meaning", "silence", "whom", "errors"] and page.tags["img"] >= 4 + 12
 
 
 def test_the_figures_are_those_of_scikit_learn(judged):
@@ -143,6 +143,7 @@ def test_a_shipped_bundle_on_validation_images_says_that_they_were_used(tmp_path
     card, page = same(tmp_path)
     assert card["warnings"] and "too good" in card["warnings"][0] and card["model"]["digest"] and figures(card, "skill")["auc"] == tidy(result["metrics"]["auc"]["value"])
     states = {row["point"]: row["state"] for row in card["checklist"]}
+    assert states["robustness"] == "filled" and next(s for s in card["sections"] if s["key"] == "breaks")["tables"][0]["rows"]
     assert states["who was included"] == "filled" and states["readers of the reference"] == "open"
 
 

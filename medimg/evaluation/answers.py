@@ -209,14 +209,14 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
         raise DatasetError(f"{part.name} has no {'masks' if given['kind'] == 'segmentation' else 'boxes'} to compare with", remedy="choose a data set of the same question")
     return (_segmented if given["kind"] == "segmentation" else _detected)(given, rows, part, n_boot, seed)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #4cc96424
+# %% ../../nbs/evaluation/10b_answers.ipynb #12b4bf07
 def _classified(given, rows, part, n_boot, seed):
     from medimg.evaluation.metrics import evaluate_classification
     from medimg.evaluation.questions import Answers, classifier_sections
     task = part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass"
     a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
     metrics = evaluate_classification(a.y, a.p, classes=a.classes, task=task, threshold=a.threshold, **a.boots)
-    return metrics, *classifier_sections(a, attributes=attributes_of(part), images=part.images if part.images.ndim < 5 else None)
+    return metrics, *classifier_sections(a, attributes=attributes_of(part), images=part.images)
 
 
 def _segmented(given, rows, part, n_boot, seed):
@@ -229,7 +229,7 @@ def _segmented(given, rows, part, n_boot, seed):
 
 
 def _detected(given, rows, part, n_boot, seed):
-    from medimg.evaluation.detection import evaluate_detection, match_boxes
+    from medimg.evaluation.precision import evaluate_detection, match_boxes
     from medimg.evaluation.questions import detection_sections
     matches = []
     for i, row in enumerate(rows):
