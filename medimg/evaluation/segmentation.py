@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dice', 'surface_distances', 'hausdorff95', 'evaluate_masks']
 
-# %% ../../nbs/evaluation/03_segmentation.ipynb #5ceba3bf
+# %% ../../nbs/evaluation/03_segmentation.ipynb #2ef8e355
 import numpy as np
 
 from ..errors import ConfigError, DatasetError, GeometryError
@@ -18,7 +18,7 @@ def _two(mask, truth):
         array = np.asarray(getattr(value, "array", value))
         if array.dtype.kind == "f" and not np.isin(array, (0, 1)).all():
             raise DatasetError(f"the {name} holds values other than 0 and 1", remedy="threshold probabilities first")
-        pair.append(array > 0)
+        pair.append(array if array.dtype == bool else array > 0)
     if pair[0].shape != pair[1].shape:
         raise GeometryError(f"a mask of {pair[0].shape} against a truth of {pair[1].shape}", remedy="resample the mask to the truth's grid, order=0")
     if pair[0].ndim not in (2, 3):
@@ -59,11 +59,25 @@ def dice(mask, truth) -> float:
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
-# %% ../../nbs/evaluation/03_segmentation.ipynb #641b20c1
+# %% ../../nbs/evaluation/03_segmentation.ipynb #a96d1d71
+def _crop(masks):
+    """Masks of one shape on the smallest box that holds them all; none may be empty."""
+    for axis in range(masks[0].ndim):
+        others = tuple(k for k in range(masks[0].ndim) if k != axis)
+        used = np.flatnonzero(np.any([mask.any(axis=others) for mask in masks], axis=0))
+        masks = [mask[(slice(None),) * axis + (slice(used[0], used[-1] + 1),)] for mask in masks]
+    return masks
+
+
 def _surface(mask):
-    """Voxels of a mask with a face towards the outside."""
-    from scipy import ndimage
-    return mask & ~ndimage.binary_erosion(mask)
+    """Voxels of a mask with a face towards the outside; beyond the array is outside."""
+    inner = mask.copy()
+    for axis in range(mask.ndim):
+        here, core = np.moveaxis(mask, axis, 0), np.moveaxis(inner, axis, 0)
+        core[0] = core[-1] = False
+        core[1:] &= here[:-1]
+        core[:-1] &= here[1:]
+    return mask & ~inner
 
 
 def _spacing(spacing_mm, mask, truth, rank):
@@ -76,7 +90,48 @@ def _spacing(spacing_mm, mask, truth, rank):
         raise ConfigError(f"spacing_mm is {spacing_mm!r} for masks with {rank} axes", remedy="give the distance of voxels along each axis, in mm, in the order of the axes")
     return spacing
 
+# %% ../../nbs/evaluation/03_segmentation.ipynb #0a0231ed
+_NEAR = 1000        # steps on the grid that are tried one by one
 
+
+def _steps(spacing, shape):
+    """The shortest steps on a grid of this shape as (k, rank) int, shortest first, and their lengths in mm (k,); at most `_NEAR`."""
+    share = {2: np.pi, 3: 4 / 3 * np.pi}[len(spacing)]
+    reach = (_NEAR * spacing.prod() / share) ** (1 / len(spacing))          # a ball of about `_NEAR` voxels
+    most = [int(min(reach // s, n - 1)) for s, n in zip(spacing, shape)]
+    grid = np.stack(np.meshgrid(*(np.arange(-m, m + 1) for m in most), indexing="ij"), axis=-1).reshape(-1, len(spacing))
+    length = np.linalg.norm(grid * spacing, axis=1)
+    order = np.argsort(length, kind="stable")
+    order = order[length[order] <= reach][:_NEAR]
+    return grid[order], length[order]
+
+
+def _nearest(points, surface, spacing):
+    """Distance in mm from each of `points` (n, rank), indices, to the nearest voxel of a surface."""
+    grid, length = _steps(spacing, surface.shape)
+    pad = np.abs(grid).max(axis=0)
+    wide = np.pad(surface, [(p, p) for p in pad])
+    flat, jump = wide.ravel(), (grid * wide.strides).sum(axis=1)
+    place, row, out = ((points + pad) * wide.strides).sum(axis=1), np.arange(len(points)), np.empty(len(points))
+    for step, far in zip(jump, length):
+        hit = flat[place + step]
+        out[row[hit]] = far
+        row, place = row[~hit], place[~hit]
+        if not len(row):
+            return out
+    out[row] = _far(points[row], surface, spacing)
+    return out
+
+
+def _far(points, surface, spacing):
+    """The same without a guess: by a k-d tree, or by a distance map when the points are a twentieth of the voxels."""
+    from scipy import ndimage, spatial
+    if 20 * len(points) > surface.size:
+        return ndimage.distance_transform_edt(~surface, sampling=spacing)[tuple(points.T)]
+    tree = spatial.cKDTree(np.argwhere(surface) * spacing, balanced_tree=False, compact_nodes=False)
+    return tree.query(points * spacing)[0]
+
+# %% ../../nbs/evaluation/03_segmentation.ipynb #c9cd2169
 def surface_distances(mask, truth, spacing_mm=None) -> tuple:
     """How far each surface voxel of one mask lies from the surface of the other.
 
@@ -90,7 +145,7 @@ def surface_distances(mask, truth, spacing_mm=None) -> tuple:
     Returns
     -------
     (numpy.ndarray, numpy.ndarray), float64, in mm
-        From the mask's surface to the truth's, and back.
+        From the mask's surface to the truth's, and back; in the order of the voxels.
 
     Raises
     ------
@@ -105,14 +160,12 @@ def surface_distances(mask, truth, spacing_mm=None) -> tuple:
     >>> there.tolist(), back.tolist()
     ([0.0, 0.0], [0.0, 0.0, 0.5, 1.0])
     """
-    from scipy import ndimage
     a, b = _two(mask, truth)
     spacing = _spacing(spacing_mm, mask, truth, a.ndim)
     if not a.any() or not b.any():
         raise DatasetError("an empty mask has no surface", remedy="use hausdorff95, which has a stated answer for it")
-    (box,) = ndimage.find_objects((a | b).astype(np.uint8))
-    a, b = _surface(a[box]), _surface(b[box])
-    return ndimage.distance_transform_edt(~b, sampling=spacing)[a], ndimage.distance_transform_edt(~a, sampling=spacing)[b]
+    a, b = (_surface(m) for m in _crop([a, b]))
+    return _nearest(np.argwhere(a), b, spacing), _nearest(np.argwhere(b), a, spacing)
 
 # %% ../../nbs/evaluation/03_segmentation.ipynb #f65d6b98
 def hausdorff95(mask, truth, spacing_mm=None, *, percentile: float = 95.0) -> float:
