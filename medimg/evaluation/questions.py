@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'WIDE', 'Answers', 'skill', 'cut', 'meaning', 'silence', 'breaks', 'whom', 'errors', 'classifier_sections',
            'segmentation_sections', 'detection_sections']
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #e43f1c59
+# %% ../../nbs/evaluation/10a_questions.ipynb #0907ec6b
 import warnings
 from dataclasses import dataclass
 
@@ -17,8 +17,9 @@ from .calibration import brier, brier_decomposition, ece, reliability
 from .card import chart, section, table, tidy
 from .conformal import Conformal, evaluate_sets
 from .decisions import decision_curve
+from .intervals import bootstrap_metrics, cases_needed
 from .metrics import Estimate, auc, bootstrap_ci, confusion, evaluate_classification, predictive_values, roc_band, roc_curve, sensitivity, specificity
-from .operating import average_precision, balanced_accuracy, mcc
+from .operating import balanced_accuracy, mcc
 from .subgroups import subgroup_table
 from .uncertainty import risk_coverage
 
@@ -104,7 +105,7 @@ def _checked(y, p, classes, columns):
         few = int(counts.argmin())
         raise ConfigError(f"{counts[few]} cases of {classes[few]!r}: too few to say anything", remedy=f"at least {LEAST} of each class, and better a hundred")
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #f8efbf5a
+# %% ../../nbs/evaluation/10a_questions.ipynb #91d0629f
 def _row(name, e: Estimate):
     return [name, *tidy(e), e.n, e.method]
 
@@ -130,18 +131,27 @@ def skill(a: Answers) -> tuple:
     []
     """
     found = evaluate_classification(a.y, a.p, classes=a.classes, task=a.task, threshold=a.threshold, **a.boots)
-    more = {"balanced accuracy": (balanced_accuracy, a.y_hat), "Matthews' correlation": (mcc, a.y_hat)}
-    more |= {"average precision": (average_precision, a.p[:, 1])} if a.task == "binary" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # a resample in which one of them is not defined is left out
-        found |= {name: bootstrap_ci(metric, a.y, scores, **a.boots | {"n_boot": min(a.n_boot, 500)}) for name, (metric, scores) in more.items()}
+        if a.task == "binary":
+            found |= bootstrap_metrics(a.y, a.p, metrics=("balanced_accuracy", "mcc", "average_precision"), threshold=a.threshold, **a.boots)
+        else:
+            found |= {name: bootstrap_ci(metric, a.y, a.y_hat, **a.boots | {"n_boot": min(a.n_boot, 500)}) for name, metric in (("balanced_accuracy", balanced_accuracy), ("mcc", mcc))}
     wide = found["auc"].high - found["auc"].low
-    framed = [f"Too small to tell: the interval of the AUC is {wide:.2f} wide, from {found['auc'].low:.2f} to {found['auc'].high:.2f}."] if wide > WIDE else []
+    framed = [f"Too small to tell: the interval of the AUC is {wide:.2f} wide, from {found['auc'].low:.2f} to {found['auc'].high:.2f}.{_needed(a, found['auc'].value)}"] if wide > WIDE else []
     who = "patients" if a.groups is not None else "images, for patients are not known: too narrow"
     reading = [f"AUC {found['auc']} on {len(a.y)} images; intervals are over {who}."]
     rows = [[name, *row] for name, row in zip(a.classes, confusion(a.y, a.y_hat, len(a.classes)).tolist())]
     tables = [table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in found.items()]), table("Who was called what (rows: truth)", ["truth", *(f"called {c}" for c in a.classes)], rows)]
     return section("skill", "Does it tell them apart?", reading=reading, tables=tables, charts=[_roc(a)]), framed
+
+
+def _needed(a, value):
+    """How many patients would do, as a sentence; empty where that cannot be said."""
+    if a.task != "binary" or not 0.5 < value < 1:
+        return ""
+    ill, healthy = cases_needed(value, WIDE / 2, metric="auc", prevalence=float(a.y.mean()))
+    return f" For an interval half as wide as the limit, about {ill} ill and {healthy} healthy patients are needed."
 
 
 def _roc(a):
