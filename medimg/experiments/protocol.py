@@ -334,7 +334,7 @@ class Experiment:
 def _entry(module, name, minutes, about, part="models"):
     return name, Experiment(f"medimg.experiments.{module}:{name.replace('-', '_')}", minutes, about, part)
 
-# %% ../../nbs/experiments/00_protocol.ipynb #4e6466d4
+# %% ../../nbs/experiments/00_protocol.ipynb #50e51c69
 EXPERIMENTS = dict((
     _entry("ensemble", "scratch-pneumonia", 3, "a network of NumPy alone on PneumoniaMNIST"),
     _entry("classifiers", "resnet-pneumonia", 12, "the small ResNet on PneumoniaMNIST, three seeds"),
@@ -357,6 +357,9 @@ EXPERIMENTS = dict((
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
     _entry("crossval", "crossval-medmnist", 25, "five grouped folds of two data sets, three times over, beside the test results", part="training"),
     _entry("tuning", "tune-pneumonia", 25, "twenty trials on the settings of the pneumonia network, stopped early and killed twice", part="training"),
+    _entry("uncertainty", "uncertainty-pneumonia", 5, "what the pneumonia bundle knows about its errors: coverage, calibration, strangers, and a shifted test set", part="evaluation"),
+    _entry("explain", "explain-lesions", 12, "do heat maps hit phantom opacities and the boxes of NIH", part="evaluation"),
+    _entry("robustness", "robustness-pneumonia", 12, "the pneumonia network under attack and under corruptions, before and after training against them", part="evaluation"),
     _entry("shortcut", "shortcut-nih", 25, "how much of an AUC is the view, and do weights help", part="evaluation"),
 ))
 
