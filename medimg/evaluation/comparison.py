@@ -562,12 +562,19 @@ def compact_letters(different) -> list[str]:
     names = [chr(97 + k) if k < 26 else f"({k + 1})" for k in range(len(columns))]
     return ["".join(name for name, c in zip(names, columns) if m in c) for m in range(len(different))]
 
-# %% ../../nbs/evaluation/05_comparison.ipynb #20786658
+# %% ../../nbs/evaluation/05_comparison.ipynb #07a49ca0
 @dataclass(frozen=True)
 class LeaderBoard:
-    """Models in order, with what cannot be told apart."""
+    """Models in order, with what cannot be told apart.
 
-    metric: str
+    Examples
+    --------
+    >>> y = np.tile([0, 0, 1, 1], 25)
+    >>> leader_board(y, {"one": np.tile([0.1, 0.4, 0.35, 0.8], 25), "copy": np.tile([0.1, 0.4, 0.35, 0.8], 25)}).ties()
+    ['one', 'copy']
+    """
+
+    metric: str                 # a name of METRICS
     names: tuple                # k names, the best first
     values: tuple               # k Estimates, in the same order
     p_values: np.ndarray        # (k, k) two-sided, Holm's correction over all pairs; 1 on the diagonal
@@ -628,7 +635,7 @@ def leader_board(y, models: dict, *, metric: str = "auc", groups=None, n_boot: i
     names = list(scores)
     return LeaderBoard(metric, tuple(names[m] for m in order), tuple(values[m] for m in order), p_values, tuple(compact_letters(p_values < 0.05)))
 
-# %% ../../nbs/evaluation/05_comparison.ipynb #34f0a54b
+# %% ../../nbs/evaluation/05_comparison.ipynb #f45186b0
 def _by_delong(y, scores, metric, groups, _):
     aucs, v = _auc_covariance(y, scores, groups)
     gap = aucs[:, None] - aucs
@@ -649,6 +656,10 @@ def _by_resamples(y, scores, metric, groups, draws):
     return values, p_values
 
 
+def _shown(metric):
+    return metric.upper() if metric in ("auc", "mcc", "ppv", "npv", "f1") else metric.replace("_", " ")
+
+
 def _holm_of_pairs(p_values):
     """Holm's correction over the pairs of a symmetric matrix; a pair that could not be tested (NaN) is not told apart."""
     pairs = np.triu_indices(len(p_values), 1)
@@ -658,7 +669,7 @@ def _holm_of_pairs(p_values):
     adjusted[pairs] = values
     return np.minimum(adjusted, adjusted.T)
 
-# %% ../../nbs/evaluation/05_comparison.ipynb #8df24bf6
+# %% ../../nbs/evaluation/05_comparison.ipynb #89d11b57
 def leader_plot(board: LeaderBoard, *, title: str = ""):
     """The leader board as a picture: intervals, letters, and a bar over each group that cannot be told apart.
 
@@ -686,10 +697,10 @@ def leader_plot(board: LeaderBoard, *, title: str = ""):
         ax.plot(e.value, row, "o", color=colour, markersize=5)
     for column, letter in enumerate(letters):
         rows = [row for row, group in enumerate(board.letters) if letter in group]
-        side.plot([column, column], [min(rows) - 0.25, max(rows) + 0.25], color=plots.COLOURS[1], linewidth=1, alpha=0.6)
+        side.plot([column, column], [min(rows), max(rows)], color=plots.COLOURS[1], linewidth=1.5, alpha=0.6)
         for row in rows:
             side.text(column, row, letter, ha="center", va="center", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    ax.set(yticks=range(k), yticklabels=board.names, ylim=(k - 0.4, -0.6), xlabel=f"{board.metric}, 95 % interval", title=title)
+    ax.set(yticks=range(k), yticklabels=board.names, ylim=(k - 0.4, -0.6), xlabel=f"{_shown(board.metric)}, 95 % interval", title=title)
     side.set(xlim=(-0.6, len(letters) - 0.4), title="ties")
     side.axis("off")
     told = ", ".join(f"{n} {e.value:.3f} ({g})" for n, e, g in zip(board.names, board.values, board.letters))

@@ -58,7 +58,7 @@ def placements(y, s) -> np.ndarray:
     placed[order] = np.where(y == 1, np.repeat(below / healthy.sum(), size), np.repeat(above / sick.sum(), size))
     return placed
 
-# %% ../../nbs/evaluation/01b_intervals.ipynb #c295d9e1
+# %% ../../nbs/evaluation/01b_intervals.ipynb #f50a70f8
 def _auc_covariance(y, columns, groups=None):
     """AUCs (k,) of k columns of scores, and their covariance (k, k); NaN where a class has fewer than two patients."""
     placed, kinds = np.stack([placements(y, s) for s in columns]), (y == 1, y == 0)
@@ -80,7 +80,7 @@ def _quantile_of(level):
 
 def _few(y, member, limit=10):
     for c in (0, 1):
-        if (units := len(np.unique(member[y == c]))) < limit:
+        if (units := np.count_nonzero(np.bincount(member[y == c]))) < limit:
             warnings.warn(f"only {units} independent cases of class {c}: an interval from so few says little (see cases_needed)", UserWarning, stacklevel=3)
 
 # %% ../../nbs/evaluation/01b_intervals.ipynb #bf6a5223
