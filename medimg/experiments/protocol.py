@@ -334,7 +334,7 @@ class Experiment:
 def _entry(module, name, minutes, about, part="models"):
     return name, Experiment(f"medimg.experiments.{module}:{name.replace('-', '_')}", minutes, about, part)
 
-# %% ../../nbs/experiments/00_protocol.ipynb #b9a222d1
+# %% ../../nbs/experiments/00_protocol.ipynb #253dccf2
 EXPERIMENTS = dict((
     _entry("ensemble", "scratch-pneumonia", 3, "a network of NumPy alone on PneumoniaMNIST"),
     _entry("classifiers", "resnet-pneumonia", 12, "the small ResNet on PneumoniaMNIST, three seeds"),
@@ -357,6 +357,8 @@ EXPERIMENTS = dict((
     _entry("ensemble", "ensembles", 8, "what several networks gain, and what they cost"),
     _entry("crossval", "crossval-medmnist", 25, "five grouped folds of two data sets, three times over, beside the test results", part="training"),
     _entry("tuning", "tune-pneumonia", 25, "twenty trials on the settings of the pneumonia network, stopped early and killed twice", part="training"),
+    _entry("explain", "explain-lesions", 12, "do heat maps hit phantom opacities and the boxes of NIH", part="evaluation"),
+    _entry("robustness", "robustness-pneumonia", 12, "the pneumonia network under attack and under corruptions, before and after training against them", part="evaluation"),
 ))
 
 # %% ../../nbs/experiments/00_protocol.ipynb #611711d4
@@ -409,8 +411,8 @@ def run_experiment(name: str, *, out=None, profile: str = "full", seeds=None, da
     return {"name": name, "command": f"medimg reproduce {name}", "question": EXPERIMENTS[name].about, "profile": profile, "seeds": list(seeds),
             "figures": made["figures"], "about": made.get("about", {}), **clock.facts(), "test_reads": run.reads, "checksums": run.checksums, **facts, "research_use": RESEARCH_USE}
 
-# %% ../../nbs/experiments/00_protocol.ipynb #93cffdce
-PARTS = ("models", "training")     # of the course, each with a file of results
+# %% ../../nbs/experiments/00_protocol.ipynb #50e01431
+PARTS = ("models", "training", "evaluation")     # of the course, each with a file of results
 
 
 def stored_results(path=None) -> dict:
