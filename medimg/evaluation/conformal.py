@@ -102,7 +102,7 @@ def conformal_quantile(scores, coverage: float, *, weights=None, new_weight=1.0)
     place = np.searchsorted(total, share - 1e-9 * np.maximum(share, 1e-300), side="left")
     return np.append(s[order], np.inf)[place][()]
 
-# %% ../../nbs/evaluation/08a_conformal.ipynb #5887b67f
+# %% ../../nbs/evaluation/08a_conformal.ipynb #73c5f2ea
 @dataclass(frozen=True)
 class Conformal:
     """Limits of strangeness, one a class; made by `Conformal.fit`.
@@ -155,17 +155,8 @@ class Conformal:
         """
         y, _ = _probabilities(y, p)
         s = strangeness(p, kind=kind)
-        k, own = s.shape[1], s[np.arange(len(y)), y]
-        count = np.bincount(y, minlength=k)
-        if by_class and target is not None:
-            raise ConfigError("by_class and target together", remedy="limits by class need no shares: they survive label shift")
-        if by_class:
-            limits, promise = [conformal_quantile(own[y == c], coverage) for c in range(k)], "by class"
-        elif target is not None:
-            ratio = _ratios(target, count)
-            limits, promise = conformal_quantile(own, coverage, weights=ratio[y], new_weight=ratio), "label shift"
-        else:
-            limits, promise = [conformal_quantile(own, coverage)] * k, "marginal"
+        count = np.bincount(y, minlength=s.shape[1])
+        limits, promise = _limits(s[np.arange(len(y)), y], y, count, coverage, by_class, target)
         for c in np.flatnonzero(np.isinf(limits)):
             warnings.warn(f"class {c}: {count[c]} of {len(y)} calibration cases are too few for a coverage of {coverage:g}; it will be in every set", stacklevel=2)
         return cls(tuple(float(v) for v in limits), float(coverage), kind, promise, tuple(count.tolist()))
@@ -191,14 +182,30 @@ class Conformal:
     @classmethod
     def from_json(cls, text: str) -> "Conformal":
         """The object again, from the `text` that `to_json` wrote."""
-        try:
-            fields = dict(json.loads(text))
-            if fields.pop("method") != "conformal" or fields["kind"] not in _KINDS:
-                raise ValueError("another method or kind")
-            limits = tuple(np.inf if v is None else float(v) for v in fields.pop("limits"))
-            return cls(limits=limits, n=tuple(map(int, fields.pop("n"))), **fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"not a conformal calibration ({str(error)[:60]})", remedy="give what to_json wrote") from error
+        return cls(**_read(text))
+
+# %% ../../nbs/evaluation/08a_conformal.ipynb #3eea24dc
+def _limits(own, y, count, coverage, by_class, target):
+    """Limit of each class and the promise's name, from each case's strangeness `own` (n,) of its own class."""
+    if by_class and target is not None:
+        raise ConfigError("by_class and target together", remedy="limits by class need no shares: they survive label shift")
+    if by_class:
+        return [conformal_quantile(own[y == c], coverage) for c in range(len(count))], "by class"
+    if target is None:
+        return [conformal_quantile(own, coverage)] * len(count), "marginal"
+    ratio = _ratios(target, count)
+    return conformal_quantile(own, coverage, weights=ratio[y], new_weight=ratio), "label shift"
+
+
+def _read(text):
+    """Fields of a Conformal from its JSON."""
+    try:
+        fields = dict(json.loads(text))
+        if fields.pop("method") != "conformal" or fields["kind"] not in _KINDS or not set(fields) <= set(Conformal.__dataclass_fields__):
+            raise ValueError("another method, kind or field")
+        return fields | {"limits": tuple(np.inf if v is None else float(v) for v in fields["limits"]), "n": tuple(map(int, fields["n"]))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"not a conformal calibration ({str(error)[:60]})", remedy="give what to_json wrote") from error
 
 
 def _ratios(target, count):

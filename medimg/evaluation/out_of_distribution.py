@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mahalanobis', 'Neighbours', 'energy', 'stranger_auc', 'choose_score', 'novelty']
 
-# %% ../../nbs/evaluation/08b_out_of_distribution.ipynb #6520893f
+# %% ../../nbs/evaluation/08b_out_of_distribution.ipynb #081844ab
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ def _shrunk(x):
     share = 1.0 if spread == 0 else float(min(max(noise, 0.0), spread) / spread)
     return (1 - share) * sample + share * sphere * np.eye(d), share
 
-
+# %% ../../nbs/evaluation/08b_out_of_distribution.ipynb #9a0adb4c
 @dataclass(frozen=True, eq=False)
 class Mahalanobis:
     """Squared distance from the nearest class mean, in units of the shared spread; made by `Mahalanobis.fit`.

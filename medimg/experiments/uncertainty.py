@@ -196,7 +196,7 @@ def with_labels(new, *, labels: int = 100, n: int = 1000) -> dict:
                 rows.setdefault(f"{name}[{c}]", []).append(float(hit[y[rest] == c].mean()))
     return rows
 
-# %% ../../nbs/experiments/11_uncertainty.ipynb #06b43eb2
+# %% ../../nbs/experiments/11_uncertainty.ipynb #98fe3e6a
 def _validation_figures(run, y, logit):
     """Figures of the halvings, and the name of the repair with the smallest Brier score."""
     size = SIZES[run.profile]
@@ -226,14 +226,20 @@ def _stranger_figures(run, bundle, val, held, scores):
     caught = {g: float(np.mean(novelty(at_home[winner], s[winner]) <= 0.05)) for g, s in away.items()}
     return figures | {f"strangers: called foreign at p ≤ 0.05, {g}": plain_figure(v, n=len(away[g][winner])) for g, v in caught.items()}, winner
 
-
-def _test_figures(run, cal, new, chosen, familiar):
-    """Coverage in each way, calibration before and after repair, silence and strangeness on the test images."""
-    n_boot, figures, y = SIZES[run.profile]["n_boot"], {}, new["y"]
+# %% ../../nbs/experiments/11_uncertainty.ipynb #d2290583
+def _coverage_figures(run, cal, new):
+    """Coverage on the test images in each way of making sets."""
+    figures, y = {}, new["y"]
     for how, sets in shifted_sets(cal, new).items():
         figures |= {f"test: {key}, {how}": _figure(e) for key, e in evaluate_sets(sets, y, classes=("normal", "pneumonia")).items() if key != "empty" and np.isfinite(e.value)}
     more = with_labels(new, labels=min(100, len(y) // 3), n=SIZES[run.profile]["halvings"])
     figures |= {f"test: coverage, calibrated on 100 of its own labels, {k}": _spread(v, "choices of the labels") for k, v in more.items()}
+    return figures
+
+
+def _claim_figures(run, cal, new, chosen):
+    """Calibration before and after the corrections, and what silence buys, on the test images."""
+    n_boot, figures, y = SIZES[run.profile]["n_boot"], {}, new["y"]
     em, q = estimate_prevalence(new["q"], source=cal["y"].mean()), new["q"]
     claims = {"as shipped": new["shipped"], chosen: q, f"{chosen} and EM": to_prevalence(q, source=cal["y"].mean(), target=em),
               f"{chosen} and true shares": to_prevalence(q, source=cal["y"].mean(), target=y.mean())}
@@ -243,11 +249,18 @@ def _test_figures(run, cal, new, chosen, familiar):
         figures[f"test: Brier, {name}"] = _figure(bootstrap_ci(brier, y, claim, n_boot=n_boot))
     wrong, doubt = (q.argmax(axis=1) != y).astype(int), 1 - q.max(axis=1)
     figures |= {"test: error rate": plain_figure(wrong.mean(), n=len(y)), "test: AURC": _figure(bootstrap_ci(aurc, wrong, doubt, n_boot=n_boot)), "test: AURC, share of luck's loss": plain_figure(excess_aurc(wrong, doubt))}
-    figures |= {"test: AUC": _figure(bootstrap_ci(auc, y, new["p"], n_boot=n_boot)), "validation: AUC": _figure(bootstrap_ci(auc, cal["y"], cal["p"], n_boot=n_boot))}
-    figures |= {"test: called foreign at p ≤ 0.05": plain_figure(np.mean(novelty(familiar, new["strange"]) <= 0.05), n=len(y)), "test: AUROC against validation, strangeness": _figure(stranger_auc(familiar, new["strange"], n_boot=n_boot))}
-    return figures | {"test: share with pneumonia": plain_figure(y.mean(), n=len(y)), "test: share with pneumonia, by EM": plain_figure(em[1]), "validation: share with pneumonia": plain_figure(cal["y"].mean(), n=len(cal["y"]))}
+    figures |= {"test: share with pneumonia": plain_figure(y.mean(), n=len(y)), "test: share with pneumonia, by EM": plain_figure(em[1])}
+    return figures | {"validation: share with pneumonia": plain_figure(cal["y"].mean(), n=len(cal["y"]))}
 
 
+def _change_figures(run, cal, new, familiar):
+    """How far the test images differ: AUC there and here, and strangeness."""
+    n_boot, y = SIZES[run.profile]["n_boot"], new["y"]
+    figures = {"test: AUC": _figure(bootstrap_ci(auc, y, new["p"], n_boot=n_boot)), "validation: AUC": _figure(bootstrap_ci(auc, cal["y"], cal["p"], n_boot=n_boot))}
+    foreign = plain_figure(np.mean(novelty(familiar, new["strange"]) <= 0.05), n=len(y))
+    return figures | {"test: called foreign at p ≤ 0.05": foreign, "test: AUROC against validation, strangeness": _figure(stranger_auc(familiar, new["strange"], n_boot=n_boot))}
+
+# %% ../../nbs/experiments/11_uncertainty.ipynb #52dba0b8
 def uncertainty_pneumonia(run) -> dict:
     """The experiment `uncertainty-pneumonia`: what the shipped bundle knows about its errors, on validation images, strangers and, once, the test images.
 
@@ -285,6 +298,6 @@ def uncertainty_pneumonia(run) -> dict:
     out = bundle.run(test.images)
     new = {"y": np.asarray(test.labels), "p": raw.apply(out["logits"]), "q": repair.apply(out["logits"]), "f": out["features"] @ axes.T, "strange": scores[winner](out["features"], out["logits"]),
            "shipped": Temperature(bundle.calibration["temperature"]).apply(out["logits"])}
-    figures |= more | _test_figures(run, cal, new, chosen, scores[winner](held["f"], held["z"]))
+    figures |= more | _coverage_figures(run, cal, new) | _claim_figures(run, cal, new, chosen) | _change_figures(run, cal, new, scores[winner](held["f"], held["z"]))
     return {"figures": figures, "about": {"bundle": bundle.digest, "repair": chosen, "score": winner, "coverage": COVERAGE, "chosen_on": "validation; the score on upside-down films and noise",
                                           "patients": "unknown: intervals count images", "weights": "ten principal components of the training features"}}
