@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strangeness', 'conformal_quantile', 'Conformal', 'evaluate_sets', 'density_ratio', 'weighted_sets']
 
-# %% ../../nbs/evaluation/08a_conformal.ipynb #54e62db7
+# %% ../../nbs/evaluation/08a_conformal.ipynb #a775cbe7
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -85,7 +85,7 @@ def conformal_quantile(scores, coverage: float, *, weights=None, new_weight=1.0)
 
     Examples
     --------
-    >>> conformal_quantile(np.arange(1, 20), 0.9), conformal_quantile([1, 2, 3], 0.9)
+    >>> float(conformal_quantile(np.arange(1, 20), 0.9)), float(conformal_quantile([1, 2, 3], 0.9))
     (18.0, inf)
 
     References
