@@ -331,7 +331,7 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         result["card"] = _write_card(card, result, answers, part, predictor, dataset.split("val") if split == "test" and "val" in dataset.splits else None)
     return result
 
-# %% ../nbs/foundations/api.ipynb #f0c1e09e
+# %% ../nbs/foundations/api.ipynb #341cc1cb
 def _judged_facts(facts, dataset, split, part, estimates, metric, n_boot, log):
     """The result of an evaluation; a look at a test fold goes into the ledger."""
     from medimg.experiments.protocol import log_test_read
@@ -350,7 +350,8 @@ def _write_card(folder, result, answers, part, predictor, val):
     from medimg.evaluation.questions import classifier_sections
     attributes, manifest = attributes_of(part), getattr(predictor, "manifest", None)
     calibration = None if val is None else (val.labels, predictor.predict(val.images))
-    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images, calibration=calibration, predict=predictor.predict)
+    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images, calibration=calibration, predict=predictor.predict,
+                                             maps=(predictor.cam, part.masks) if part.images.ndim == 3 and hasattr(predictor, "cam") else None)
     points = card_points(part, result, manifest, sections)
     made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=points, warnings=_seen_before(result) + warnings)
     return {kind: str(path) for kind, path in write_card(made, folder).items()}

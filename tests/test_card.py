@@ -147,6 +147,8 @@ def test_a_shipped_bundle_on_validation_images_says_that_they_were_used(tmp_path
     assert card["warnings"] and "too good" in card["warnings"][0] and card["model"]["digest"] and figures(card, "skill")["auc"] == tidy(result["metrics"]["auc"]["value"])
     states = {row["point"]: row["state"] for row in card["checklist"]}
     assert states["robustness"] == "filled" and next(s for s in card["sections"] if s["key"] == "breaks")["tables"][0]["rows"]
+    why = next(s for s in card["sections"] if s["key"] == "why")
+    assert "not judged" in why["reading"][0] and len(why["pictures"]) == 6 and states["explanations judged"] == "open"
     assert states["who was included"] == "filled" and states["readers of the reference"] == "open"
 
 

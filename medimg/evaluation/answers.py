@@ -238,7 +238,7 @@ def _detected(given, rows, part, n_boot, seed):
     more = {"groups": part.patient_ids, "n_boot": n_boot, "seed": seed}
     return evaluate_detection(matches, **more), *detection_sections(matches, ids=part.image_ids, **more)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #2b643478
+# %% ../../nbs/evaluation/10b_answers.ipynb #e378c8d2
 def about_data(part, result: dict) -> dict:
     """The head of a card: what the model was judged on.
 
@@ -262,7 +262,14 @@ def about_data(part, result: dict) -> dict:
     return {"dataset": result["dataset"], "fold": result["split"], "images": len(part), "patients": len(set(part.patient_ids.tolist())) if part.patient_ids is not None else "not known",
             "images of each class": {str(c): int(k) for c, k in zip(part.classes, counts)}, "read from": Path(str(part.source)).name if "/" in str(part.source) else str(part.source), "checksum": result["checksum"],
             "the set it was trained on": {True: "yes, another fold", False: "no", None: "not known"}[result["same_data"]], "readings of this fold on this computer": result["test_reads"] or "not counted (no test fold)",
-            "licence": part.licence or "not stated", "cite": part.citation or "not stated"}
+            "licence": part.licence or "not stated", "cite": part.citation or "not stated"} | _known_faults(result["dataset"])
+
+
+def _known_faults(name):
+    """What the registry says against the data set."""
+    from medimg.data.registry import REGISTRY
+    info = REGISTRY.get(name)
+    return {"known faults of the data": list(info.problems)} if info is not None and info.problems else {}
 
 
 def card_points(part, result: dict, manifest: dict | None, sections) -> list:
@@ -295,10 +302,11 @@ def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     facts["partition"] = "by patient" if part.patient_ids is not None else "official folds; patients are not known, so some may be on both sides"
     facts["sample_size"] = f"{len(part)} images, not planned here; the width of the intervals says what they are worth"
     facts["metrics"] = f"95 % intervals, {result['interval']}, {result['n_boot']} resamples"
-    facts["threshold"] = result["threshold"] is not None and f"{result['threshold']:.4g}, fixed before this fold was read" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
+    chosen = "chosen on these images" if result["split"] == "val" and result["same_data"] else "fixed before this fold was read"
+    facts["threshold"] = result["threshold"] is not None and f"{result['threshold']:.4g}, {chosen}" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
     facts |= {"calibration": "see the section" if "meaning" in keys else "", "usefulness": "net benefit only, no outcome; see the section" if "meaning" in keys and result["task"] == "binary" else "",
               "subgroups": "see the section" if "whom" in keys else "", "failures": "listed, see the section; nobody has looked at them yet" if "errors" in keys else "",
-              "robustness": "see the section" if "breaks" in keys else "", "explanations": "see the section" if "why" in keys else ""}
+              "robustness": "see the section" if "breaks" in keys else "", "explanations": "see the section" if any(s["key"] == "why" and s["tables"] for s in sections) else ""}
     facts["external"] = "this fold is of another set than the training" if result["same_data"] is False else ""
     facts["licence"] = f"data: {part.licence}" if part.licence else ""
     return checklist({k: v for k, v in (facts | (_manifest_points(manifest) if manifest else {})).items() if v})
