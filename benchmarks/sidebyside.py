@@ -69,14 +69,12 @@ def _clock(peer, cpu, pause):
     """A callable that gives the seconds of a call, after a pause: on the wall, or those that the processor spent on it."""
     def called(**arguments):
         time.sleep(pause)
+        if not isinstance(peer, Peer):
+            return seconds(peer, timer=timer, **arguments)
         wall = peer(**arguments)
         return peer.cpu if cpu else wall
     timer = time.process_time if cpu else time.perf_counter
-
-    def ours(**arguments):
-        time.sleep(pause)
-        return seconds(peer, timer=timer, **arguments)
-    return called if isinstance(peer, Peer) else ours
+    return called
 
 
 def compare(what: str, ours, peers: dict, *, repeats: int = 7, cpu: bool = False, pause: float = 0, **arguments) -> list[dict]:

@@ -209,34 +209,31 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
         raise DatasetError(f"{part.name} has no {'masks' if given['kind'] == 'segmentation' else 'boxes'} to compare with", remedy="choose a data set of the same question")
     return (_segmented if given["kind"] == "segmentation" else _detected)(given, rows, part, n_boot, seed)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #12b4bf07
+# %% ../../nbs/evaluation/10b_answers.ipynb #a8a70e55
 def _classified(given, rows, part, n_boot, seed):
-    from medimg.evaluation.metrics import evaluate_classification
     from medimg.evaluation.questions import Answers, classifier_sections
     task = part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass"
     a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
-    metrics = evaluate_classification(a.y, a.p, classes=a.classes, task=task, threshold=a.threshold, **a.boots)
-    return metrics, *classifier_sections(a, attributes=attributes_of(part), images=part.images)
+    return a.estimates, *classifier_sections(a, attributes=attributes_of(part), images=part.images)
 
 
 def _segmented(given, rows, part, n_boot, seed):
+    from medimg.evaluation import questions
     from medimg.evaluation.metrics import Estimate
-    from medimg.evaluation.questions import segmentation_sections
-    from medimg.evaluation.surfaces import evaluate_segmentation
-    masks, more = given["masks"][rows] > 0, {"groups": part.patient_ids, "n_boot": n_boot}
-    found = evaluate_segmentation(masks, part.masks > 0, **more)
-    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, *segmentation_sections(masks, part.masks > 0, images=part.images, ids=part.image_ids, **more)
+    masks, truths = given["masks"][rows] > 0, part.masks > 0
+    found = questions._measured_masks(masks, truths, groups=part.patient_ids, n_boot=n_boot)
+    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, *questions._segmented(found, masks, truths, images=part.images, ids=part.image_ids)
 
 
 def _detected(given, rows, part, n_boot, seed):
-    from medimg.evaluation.precision import evaluate_detection, match_boxes
-    from medimg.evaluation.questions import detection_sections
+    from medimg.evaluation import questions
+    from medimg.evaluation.precision import match_boxes
     matches = []
     for i, row in enumerate(rows):
         own, truth = given["rows"] == row, part.boxes[i][np.isfinite(part.boxes[i]).all(axis=-1)]
         matches.append(match_boxes(given["boxes"][own], given["scores"][own], truth))
-    more = {"groups": part.patient_ids, "n_boot": n_boot, "seed": seed}
-    return evaluate_detection(matches, **more), *detection_sections(matches, ids=part.image_ids, **more)
+    found = questions._measured_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    return found, *questions._detected(found, matches, part.image_ids)
 
 # %% ../../nbs/evaluation/10b_answers.ipynb #e378c8d2
 def about_data(part, result: dict) -> dict:

@@ -6,9 +6,10 @@
 __all__ = ['LEAST', 'WIDE', 'Answers', 'skill', 'cut', 'meaning', 'silence', 'breaks', 'whom', 'errors', 'why',
            'classifier_sections', 'segmentation_sections', 'detection_sections']
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #0907ec6b
+# %% ../../nbs/evaluation/10a_questions.ipynb #7d6536d7
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from .uncertainty import risk_coverage
 #: Fewer cases of a class than this: nothing is printed. An interval of the main figure wider than `WIDE`: a banner.
 LEAST, WIDE = 10, 0.2
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #98c9645f
+# %% ../../nbs/evaluation/10a_questions.ipynb #2ceaa30e
 @dataclass(frozen=True, eq=False)
 class Answers:
     """What a classifier answered, beside the truth.
@@ -83,6 +84,11 @@ class Answers:
         """(n,) the answers: by the threshold in a binary task, else the most probable class."""
         return (self.p[:, 1] >= self.threshold).astype(int) if self.task == "binary" else self.p.argmax(axis=1)
 
+    @cached_property
+    def estimates(self) -> dict:
+        """Every usual figure with its interval, as from `evaluate_classification`; computed once."""
+        return evaluate_classification(self.y, self.p, classes=self.classes, task=self.task, threshold=self.threshold, **self.boots)
+
     @property
     def boots(self) -> dict:
         """What every interval of these answers is made with."""
@@ -105,7 +111,7 @@ def _checked(y, p, classes, columns):
         few = int(counts.argmin())
         raise ConfigError(f"{counts[few]} cases of {classes[few]!r}: too few to say anything", remedy=f"at least {LEAST} of each class, and better a hundred")
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #91d0629f
+# %% ../../nbs/evaluation/10a_questions.ipynb #78f5080e
 def _row(name, e: Estimate):
     return [name, *tidy(e), e.n, e.method]
 
@@ -113,6 +119,17 @@ def _row(name, e: Estimate):
 _HEAD = ("figure", "value", "low", "high", "n", "interval")
 
 
+def _name(ids, i, word):
+    """What case `i` is called on a card: the start of its id, or its number."""
+    return str(ids[i])[:12] if ids is not None else f"{word} {i}"
+
+
+def _framed(what, e: Estimate, more=""):
+    """The warning that the interval `e` of `what` is too wide, in a list; an empty list where it is not."""
+    wide = e.high - e.low
+    return [f"Too small to tell: the interval of {what} is {wide:.2f} wide{more}"] if wide > WIDE else []
+
+# %% ../../nbs/evaluation/10a_questions.ipynb #747d905b
 def skill(a: Answers) -> tuple:
     """The section "Does it tell them apart?", and the warnings that come with it.
 
@@ -130,15 +147,14 @@ def skill(a: Answers) -> tuple:
     >>> skill(Answers(np.tile([0, 1], 60), np.tile([0.2, 0.7, 0.6, 0.8], 30), ("no", "yes"), n_boot=100))[1]
     []
     """
-    found = evaluate_classification(a.y, a.p, classes=a.classes, task=a.task, threshold=a.threshold, **a.boots)
+    found = dict(a.estimates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # a resample in which one of them is not defined is left out
         if a.task == "binary":
             found |= bootstrap_metrics(a.y, a.p, metrics=("balanced_accuracy", "mcc", "average_precision"), threshold=a.threshold, **a.boots)
         else:
             found |= {name: bootstrap_ci(metric, a.y, a.y_hat, **a.boots | {"n_boot": min(a.n_boot, 500)}) for name, metric in (("balanced_accuracy", balanced_accuracy), ("mcc", mcc))}
-    wide = found["auc"].high - found["auc"].low
-    framed = [f"Too small to tell: the interval of the AUC is {wide:.2f} wide, from {found['auc'].low:.2f} to {found['auc'].high:.2f}.{_needed(a, found['auc'].value)}"] if wide > WIDE else []
+    framed = _framed("the AUC", found["auc"], f", from {found['auc'].low:.2f} to {found['auc'].high:.2f}.{_needed(a, found['auc'].value)}")
     who = "patients" if a.groups is not None else "images, for patients are not known: too narrow"
     reading = [f"AUC {found['auc']} on {len(a.y)} images; intervals are over {who}."]
     rows = [[name, *row] for name, row in zip(a.classes, confusion(a.y, a.y_hat, len(a.classes)).tolist())]
@@ -297,7 +313,7 @@ def breaks(a: Answers, predict, images, *, most: int = 200) -> dict:
     return section("breaks", "What breaks it?", reading=reading, tables=[table(f"{name} by severity", ["what", *map(str, range(6))], [[kind, *values] for kind, values in found.items()])],
                    charts=[chart("Worse images", "severity (0: as they are)", name, {kind: {"x": range(6), "y": values} for kind, values in found.items()})])
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #2a80ea55
+# %% ../../nbs/evaluation/10a_questions.ipynb #591dcdfd
 def whom(a: Answers, attributes: dict) -> dict:
     """The section "For whom is it worse?", for a binary task.
 
@@ -348,13 +364,13 @@ def errors(a: Answers, images=None, *, most: int = 12) -> dict:
     """
     true, wrong = a.p[np.arange(len(a.y)), a.y], a.y_hat != a.y
     rows = [int(i) for i in np.argsort(true, kind="stable") if wrong[i]][:most]
-    names = [str(a.ids[i])[:12] if a.ids is not None else f"row {i}" for i in rows]
+    names = [_name(a.ids, i, "row") for i in rows]
     listed = [[name, a.classes[a.y[i]], a.classes[a.y_hat[i]], true[i]] for name, i in zip(names, rows)]
     shown = [] if images is None else [(f"{name}: is {a.classes[a.y[i]]}, called {a.classes[a.y_hat[i]]}", np.asarray(images[i])) for name, i in zip(names, rows)]
     reading = [f"{int(wrong.sum())} of {len(a.y)} answers are wrong; the {len(rows)} in which the truth was given the least probability are listed."]
     return section("errors", "Which cases went most wrong?", reading=reading, tables=[table("Worst errors", ["case", "truth", "answer", "probability of the truth"], listed)], images=shown)
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #bd5aec93
+# %% ../../nbs/evaluation/10a_questions.ipynb #7173b82c
 def why(a: Answers, cam, images, truths=None, *, most: int = 200) -> dict:
     """The section "Where does the score come from?": maps of the surest and the worst answers, judged where lesions are known.
 
@@ -384,7 +400,7 @@ def why(a: Answers, cam, images, truths=None, *, most: int = 200) -> dict:
     found, lost = (np.flatnonzero(part)[np.argsort(sign * true[part], kind="stable")][:3] for part, sign in (((a.y > 0) & (a.y_hat == a.y), -1), (a.y_hat != a.y, 1)))
     rows = np.concatenate([found, lost])
     heat = _maps(a, cam, images, rows) if len(rows) else []
-    shown = [(f"{a.ids[i][:12] if a.ids is not None else f'row {i}'}: is {a.classes[a.y[i]]}, called {a.classes[a.y_hat[i]]}", np.concatenate([_rgb(to_grey(images[i])), heatmap_overlay(images[i], h)], axis=1))
+    shown = [(f"{_name(a.ids, i, 'row')}: is {a.classes[a.y[i]]}, called {a.classes[a.y_hat[i]]}", np.concatenate([_rgb(to_grey(images[i])), heatmap_overlay(images[i], h)], axis=1))
              for i, h in zip(rows, heat)]
     reading, tables = ["No lesion is drawn in this set: the maps are shown and not judged. A map says what moved the score, not where the disease is."], []
     if truths is not None and (known := np.flatnonzero((a.y > 0) & (np.asarray(truths).reshape(len(truths), -1) > 0).any(axis=1))[:most]).size >= LEAST:
@@ -453,7 +469,7 @@ def classifier_sections(a: Answers, *, attributes=None, images=None, calibration
              *([breaks(a, predict, images)] if predict is not None and flat else []), *([why(a, maps[0], images, maps[1])] if maps and flat else []), errors(a, images if flat else None)]
     return parts, framed
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #915c7eeb
+# %% ../../nbs/evaluation/10a_questions.ipynb #dfcfcae5
 def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images=None, ids=None, n_boot: int = 1000) -> tuple:
     """The sections of a segmentation.
 
@@ -489,16 +505,25 @@ def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images
     >>> [part["key"] for part in parts], parts[0]["tables"][0]["rows"][0][:2]
     (['overlap', 'size', 'errors'], ['dice', 0.75])
     """
+    found = _measured_masks(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
+    return _segmented(found, masks, truths, spacing_mm=spacing_mm, images=images, ids=ids)
+
+# %% ../../nbs/evaluation/10a_questions.ipynb #e1715e97
+def _measured_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot=1000):
+    """`evaluate_segmentation`, of ten cases or more."""
     from medimg.evaluation.surfaces import evaluate_segmentation
     if len(masks) < LEAST:
         raise ConfigError(f"{len(masks)} cases: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
-    found = evaluate_segmentation(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
-    names, cases, unit = [str(v)[:12] for v in ids] if ids is not None else [f"case {i}" for i in range(len(masks))], found["cases"], "mm" if spacing_mm is not None else "pixels"
+    return evaluate_segmentation(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
+
+
+def _segmented(found, masks, truths, *, spacing_mm=None, images=None, ids=None):
+    """The sections of `segmentation_sections`, from what `evaluate_segmentation` found."""
+    names, cases, unit = [_name(ids, i, "case") for i in range(len(masks))], found["cases"], "mm" if spacing_mm is not None else "pixels"
     estimates = {k: e for k, e in found.items() if isinstance(e, Estimate)}
     reading = [f"Mean Dice {found['dice']} over {len(masks)} cases; {found['missed']} cases were missed altogether, in {found['invented']} something was drawn where nothing is.",
                f"Distances are in {unit}; cases in which a distance is not defined are left out of its mean, and counted in n."]
-    wide = found["dice"].high - found["dice"].low
-    framed = [f"Too small to tell: the interval of the mean Dice is {wide:.2f} wide."] if wide > WIDE else []
+    framed = _framed("the mean Dice", found["dice"], ".")
     size, order = np.array([np.count_nonzero(t) for t in truths], float), np.argsort(np.nan_to_num(cases["dice"], nan=1.0), kind="stable")[:12]
     parts = [section("overlap", "How well does it agree with the drawn truth?", reading=reading, tables=[table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in estimates.items()])]),
              section("size", "Is it worse where the truth is small?", charts=[chart("Dice and size", "pixels or voxels of the truth", "Dice", {"cases": {"x": size, "y": cases["dice"]}}, kind="points")]),
@@ -521,7 +546,7 @@ def _outlined(image, truth, mask):
         picture[inside & ~core] = colour
     return picture
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #9d7a3973
+# %% ../../nbs/evaluation/10a_questions.ipynb #9e0cad6a
 def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed: int = 0) -> tuple:
     """The sections of a detector.
 
@@ -551,17 +576,26 @@ def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed
     >>> [part["key"] for part in parts]
     ['found', 'errors']
     """
-    from medimg.evaluation.detection import froc_curve
+    return _detected(_measured_marks(parts, groups=groups, n_boot=n_boot, seed=seed), parts, ids)
+
+# %% ../../nbs/evaluation/10a_questions.ipynb #d7486688
+def _measured_marks(parts, **boots):
+    """`evaluate_detection`, of ten lesions or more."""
     from medimg.evaluation.precision import evaluate_detection
-    lesions = np.array([len(part[0]) for part in parts])
-    if lesions.sum() < LEAST:
-        raise ConfigError(f"{lesions.sum()} lesions: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
-    found, curve = evaluate_detection(parts, groups=groups, n_boot=n_boot, seed=seed), froc_curve(parts)
-    names = [str(v)[:12] for v in ids] if ids is not None else [f"scan {i}" for i in range(len(parts))]
+    lesions = sum(len(part[0]) for part in parts)
+    if lesions < LEAST:
+        raise ConfigError(f"{lesions} lesions: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
+    return evaluate_detection(parts, **boots)
+
+
+def _detected(found, parts, ids=None):
+    """The sections of `detection_sections`, from what `evaluate_detection` found."""
+    from medimg.evaluation.detection import froc_curve
+    curve, lesions = froc_curve(parts), np.array([len(part[0]) for part in parts])
+    names = [_name(ids, i, "scan") for i in range(len(parts))]
     missed, alarms = np.array([int(np.isinf(part[0]).sum()) for part in parts]), np.array([len(part[1]) for part in parts])
     reading = [f"{lesions.sum()} lesions in {len(parts)} scans; at one false alarm a scan {found['sensitivity[1]'].value:.1%} are found (95 % interval {found['sensitivity[1]'].low:.1%} to {found['sensitivity[1]'].high:.1%})."]
-    wide = found["sensitivity[1]"].high - found["sensitivity[1]"].low
-    framed = [f"Too small to tell: the interval of the sensitivity at one false alarm is {wide:.2f} wide."] if wide > WIDE else []
+    framed = _framed("the sensitivity at one false alarm", found["sensitivity[1]"], ".")
     rows = np.unique(np.linspace(0, len(curve.alarms) - 1, 60).astype(int))
     worst = [int(i) for i in np.lexsort((-alarms, -missed))][:12]
     return [section("found", "What does it find, at which price?", reading=reading, tables=[table("Figures with 95 % intervals", _HEAD, [_row(k, e) for k, e in found.items()])],
