@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import locks  # noqa: E402
 
-EXTRAS = {"radiomics", "train", "course", "serve", "dicomnet", "ray", "ocr", "pdf", "codecs-gpl", "dev", "radiomics"}
+EXTRAS = {"radiomics", "train", "course", "serve", "signing", "dicomnet", "ray", "ocr", "pdf", "codecs-gpl", "dev", "radiomics"}
 COPYLEFT = re.compile(r"\b[AL]?GPL|GNU |Affero|SSPL|EUPL|CeCILL|CC[- ]BY[- ](NC|SA|ND)|non-?commercial|proprietary", re.I)
 #: Weak copyleft that the base knowingly carries, and why.
 ACCEPTED = {}

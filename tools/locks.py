@@ -18,7 +18,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = {"base": ("",), "dev": ("", "train", "course", "dicomnet", "ocr", "codecs_gpl", "ray", "dev")}
+LOCKS = {"base": ("",), "dev": ("", "train", "course", "dicomnet", "serve", "signing", "pdf", "ocr", "codecs_gpl", "ray", "dev")}
 ENVIRONMENT = ("", "train", "course", "dev")
 
 #: conda-forge's name where it is another than PyPI's.
