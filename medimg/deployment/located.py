@@ -74,7 +74,7 @@ def _tidied(labels, classes, rule):
         out[(fill_holes(mask) if rule["holes"] else mask) & (out == 0)] = k
     return out
 
-# %% ../../nbs/deployment/03d_located.ipynb #836548c4
+# %% ../../nbs/deployment/03d_located.ipynb #6379fc42
 def toy_outliner(out, *, size: int = 32, level: float = 100.0, keep: int | None = 1, **facts):
     """A complete segmentation bundle around one convolution by hand: pixels brighter than `level` on a grid of `size`; for examples and tests.
 
@@ -106,6 +106,7 @@ def toy_outliner(out, *, size: int = 32, level: float = 100.0, keep: int | None 
     from medimg.deployment.manifest import example_manifest
     known = {k: v for k, v in example_manifest(task="segmentation", classes=["background", "bright"], thresholds={}).items()
              if k in ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")}
+    known["input"] = {**known["input"], "shape": [size, size, 1]}
     pre = Preprocessor([("resize", {"height": size, "width": size}), ("scale", {"low": 0, "high": 255})])
     none = {"method": "none", "temperature": 1.0, "n": 0, "fitted_on": "nothing"}
     return build_bundle(out, model=_one_convolution(size, level / 255), preprocessor=pre, training_ids=["0" * 16], calibration=none, reference=None,
