@@ -113,7 +113,7 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     _note_data(out, dataset.meta.get("loaded"))
     return run
 
-# %% ../nbs/foundations/api.ipynb #2cb1b541
+# %% ../nbs/foundations/api.ipynb #26a56cbe
 def _training_data(dataset, recipe, profile, data, n, *, quiet):
     """The images by name or as given, as many as recipe and profile allow, without those that occur in a later fold."""
     from medimg.data.datasets import drop_shared
@@ -138,6 +138,9 @@ def _load(name, data, n, *, seed=0, quiet=True):
     import sys
 
     from medimg.data.datasets import load_dataset
+    from medimg.data.scans import MADE_HERE, load_scans
+    if name in MADE_HERE:
+        return load_scans(name, n=n)
     dataset = load_dataset(name, data=data, n=n, seed=seed, quiet=quiet)
     stands_in = bool(dataset.meta.get("stand_in_for"))
     if stands_in and data == "auto":
@@ -412,12 +415,12 @@ def _about_model(result, manifest):
                   "licence of the code": manifest["licence"]["code"], "licence of the data": manifest["licence"]["data"], "cite": manifest["licence"]["citation"]}
     return facts
 
-# %% ../nbs/foundations/api.ipynb #b8ea9102
+# %% ../nbs/foundations/api.ipynb #0f9f0fa9
 def _is_set(dataset, checksum):
     """Whether a training with this checksum had these images: all of them, without those in a later fold, or, as in a search, without the test fold too."""
     from medimg.data.datasets import drop_shared, select
-    if dataset.checksum == checksum:
-        return True
+    if dataset.checksum == checksum or not hasattr(dataset, "groups"):
+        return dataset.checksum == checksum
     clean = drop_shared(dataset, quiet=True)
     return checksum in (clean.checksum, select(clean, clean.splits != "test").checksum)
 
@@ -425,11 +428,12 @@ def _is_set(dataset, checksum):
 def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
     from medimg.data.datasets import dataset_info, find_dataset
+    from medimg.data.scans import MADE_HERE
     kept = _noted_data(run_or_bundle) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
     if name not in (None, kept["name"], facts["dataset"]):
         kept = {"name": name, "data": "auto", "n": None, "seed": 0}
     data = kept["data"] if data == "auto" else data
-    if data == "auto" and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
+    if data == "auto" and kept["name"] not in MADE_HERE and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
         raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
     return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
 

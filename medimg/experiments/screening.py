@@ -86,7 +86,7 @@ def screening_scans(run: Run, fold: str) -> list:
     people = [crowd(one, plan.crowded) for one in people] if fold == "train" else people
     return [acquired_scan(one, names[k % 4], spacing_mm=plan.spacing_mm, folder=run.out / "scans") for k, one in enumerate(people)]
 
-# %% ../../nbs/experiments/15_screening.ipynb #0320a932
+# %% ../../nbs/experiments/15_screening.ipynb #b7262a85
 def call_from(parts, *, alarms_per_scan: float = 0.25) -> float:
     """The lowest score, in steps of 0.05, from which marks give at most so many false alarms a scan.
 
@@ -123,7 +123,7 @@ def screening_detector(run: Run, *, seed: int = 0) -> dict:
     Returns
     -------
     dict
-        `first`, `second` (Keras models), `weight`, `call`, `validation` (sensitivity and alarms a scan at the call, CPM by weight), `patients` (ids of those learnt from).
+        `plan` (the sizes), `first`, `second` (Keras models), `weight`, `call`, `validation` (sensitivity and alarms a scan at the call, CPM by weight), `patients` (ids of those learnt from).
 
     Examples
     --------
@@ -139,17 +139,17 @@ def screening_detector(run: Run, *, seed: int = 0) -> dict:
     hits, alarms = (np.concatenate([np.asarray(part[k], float) for part in parts]) for k in (0, 1))
     validation = {"scans": len(tune), "nodules": len(hits), "sensitivity": round(float((hits >= call).mean()), 4) if len(hits) else None,
                   "alarms_per_scan": round(float((alarms >= call).sum() / len(tune)), 3), "cpm_by_weight": pair["validation_cpm"]}
-    return {"first": pair["models"][0], "second": pair["models"][1], "weight": pair["weight"], "call": call, "validation": validation, "cpu_s": pair["cpu_s"],
+    return {"plan": plan, "first": pair["models"][0], "second": pair["models"][1], "weight": pair["weight"], "call": call, "validation": validation, "cpu_s": pair["cpu_s"],
             "patients": sorted(scan.patient.patient_id for scan in learn)}
 
-# %% ../../nbs/experiments/15_screening.ipynb #0d090db2
+# %% ../../nbs/experiments/15_screening.ipynb #17df8b5d
 #: What the bundle is for, and whom it knows.
 INPUT = {"modality": ["CT"], "body_part": None, "view": None, "units": "HU", "range": [-1024, 3071]}
 POPULATION = {"description": "64 invented adults of the phantom cohort, each with up to 36 nodules, scanned in four ways", "age_years": [50, 80], "sex": "any", "source": "medimg phantom"}
 NO_CALIBRATION = {"method": "none", "temperature": 1.0, "n": 0, "fitted_on": "nothing: the score is not a probability"}
 
 
-def nodule_bundle(made: dict, out, *, metrics: dict | None = None, seed: int = 0, profile: str = "full"):
+def nodule_bundle(made: dict, out, *, metrics: dict | None = None, seed: int = 0):
     """Pack a trained detector.
 
     Parameters
@@ -162,8 +162,6 @@ def nodule_bundle(made: dict, out, *, metrics: dict | None = None, seed: int = 0
         For the manifest.
     seed : int
         Of the training.
-    profile : str
-        Whose sizes were used.
 
     Returns
     -------
@@ -179,7 +177,7 @@ def nodule_bundle(made: dict, out, *, metrics: dict | None = None, seed: int = 0
 
     from medimg.deployment.bundle import build_bundle
     from medimg.deployment.engine import export_onnx
-    plan, data = SIZES[profile], phantom_scans()
+    plan, data = made["plan"], phantom_scans()
     cube = (8, plan.cube, plan.cube, plan.cube, 2)
     with tempfile.TemporaryDirectory() as folder:
         second = export_onnx(made["second"], Path(folder) / "second.onnx").read_bytes()
