@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNATURE_FILE', 'MAX_SIGNATURE_BYTES', 'MAX_KEY_BYTES', 'TrustedKey', 'trust_dir', 'fingerprint', 'init', 'add',
-           'remove', 'list_keys', 'own_key', 'sign', 'claimed_signer', 'verify_signature']
+           'remove', 'list_keys', 'is_trusted', 'own_key', 'sign', 'claimed_signer', 'verify_signature']
 
 # %% ../../nbs/deployment/01c_trust.ipynb #8b4de9a8
 import contextlib
@@ -236,7 +236,7 @@ def remove(name: str, *, folder=None) -> None:
         raise ConfigError(f"no trusted key is called {name!r}", remedy=nearest(name, keys) if keys else "the list is empty")
     keys[name].path.unlink()
 
-# %% ../../nbs/deployment/01c_trust.ipynb #25891d0b
+# %% ../../nbs/deployment/01c_trust.ipynb #3e3c7215
 def list_keys(*, folder=None) -> list:
     """The trusted keys, by name.
 
@@ -267,6 +267,21 @@ def list_keys(*, folder=None) -> list:
         _only_mine(place, 0o022, "chmod go-w")
     own = fingerprint(folder / "signing.pub") if (folder / "signing.key").exists() and (folder / "signing.pub").exists() else None
     return [TrustedKey(f.stem, mark := fingerprint(f), f, mark == own) for f in files]
+
+
+def is_trusted(mark: str, *, folder=None) -> bool:
+    """Whether a key with the fingerprint `mark` is in the list; `folder` as in `add`.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> is_trusted("0" * 64, folder=tempfile.mkdtemp())
+    False
+    """
+    return any(k.fingerprint == mark for k in list_keys(folder=folder))
 
 
 def own_key(*, folder=None) -> Path | None:
