@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'MAX_FILE_BYTES', 'MAX_TOTAL_BYTES', 'MAX_RATIO', 'UNSIGNED', 'UNKNOWN_SIGNER', 'UNVERIFIED',
-           'read_files', 'bundles_dir', 'shipped', 'check_digests', 'open_files', 'needed_files', 'Bundle', 'calibrate',
-           'build_bundle', 'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'archive_of', 'inspect', 'verify',
-           'update_index']
+           'read_files', 'bundles_dir', 'shipped', 'check_digests', 'check_whole', 'open_files', 'needed_files',
+           'Bundle', 'calibrate', 'build_bundle', 'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'archive_of',
+           'inspect', 'verify', 'update_index']
 
 # %% ../../nbs/deployment/01_bundle.ipynb #aa1fb9ee
 import io
@@ -190,7 +190,7 @@ def check_digests(files: dict, expected: dict, *, path="bundle") -> None:
         if what:
             raise SignatureError(what, path=Path(path) / name, remedy="get the bundle again from its author")
 
-# %% ../../nbs/deployment/01_bundle.ipynb #2f90d340
+# %% ../../nbs/deployment/01_bundle.ipynb #8e1a9623
 def _sealed_manifest(files, path):
     """The manifest of a bundle that no index vouches for: strict, sealed and well-formed, before any other file is looked at."""
     name = Path(path) / "manifest.json"
@@ -207,7 +207,38 @@ def _sealed_manifest(files, path):
         raise SignatureError("was changed: its seal does not hold", path=name, remedy="get the bundle again from its author")
     return manifest
 
-# %% ../../nbs/deployment/01_bundle.ipynb #a5614395
+
+def check_whole(files: dict, *, path="bundle") -> dict:
+    """The manifest, when seal, schema and digests hold; whoever made the bundle. The signature is not looked at.
+
+    Parameters
+    ----------
+    files : dict
+        Name to bytes.
+    path : str or Path
+        For the error message.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    BundleError
+        SignatureError naming the file that is missing, too many, or changed.
+
+    Examples
+    --------
+    >>> check_whole({})
+    Traceback (most recent call last):
+    medimg.errors.SignatureError: bundle/manifest.json: is missing; give a bundle's folder or .medimg file
+    """
+    manifest = check_manifest(_sealed_manifest(files, path))
+    signed = {name: data for name, data in files.items() if name != trust.SIGNATURE_FILE}
+    check_digests(signed, {**manifest["files"], "manifest.json": sha256_of(files["manifest.json"])}, path=path)
+    return manifest
+
+# %% ../../nbs/deployment/01_bundle.ipynb #1b3d2f7e
 def open_files(name_or_path, *, verify: bool = True, allow_unsigned: bool | None = None, key=None) -> tuple:
     """Verified content of a bundle: (files, path, origin, signer).
 
@@ -245,8 +276,7 @@ def open_files(name_or_path, *, verify: bool = True, allow_unsigned: bool | None
     if digests is not None:
         check_digests(files, digests, path=path)
         return files, path, "shipped", None
-    manifest, signed = _sealed_manifest(files, path), {name: data for name, data in files.items() if name != trust.SIGNATURE_FILE}
-    check_digests(signed, {**check_manifest(manifest)["files"], "manifest.json": sha256_of(files["manifest.json"])}, path=path)
+    check_whole(files, path=path)
     if any(entry["files"] == {name: sha256_of(data) for name, data in files.items()} for entry in shipped().values()):
         return files, path, "shipped", None
     return files, path, *_signer(files, path, _opted_out(allow_unsigned))
@@ -740,7 +770,7 @@ def toy_bundle(out, *, bias: float = -2.0, **facts) -> Bundle:
                         calibration=fit_temperature(found["logits"][200:], labels[200:], task="binary"),
                         reference=fit_reference(found["features"][:200], found["features"][200:]))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #3edf330c
+# %% ../../nbs/deployment/01_bundle.ipynb #98799365
 def pack(name_or_path, out) -> Path:
     """Write a whole bundle as one `.medimg` file, its signature included; equal bundles give equal bytes.
 
@@ -864,8 +894,7 @@ def update_index(root=None) -> dict:
     for folder in sorted(p.parent for p in root.glob("*/manifest.json")):
         (folder / trust.SIGNATURE_FILE).unlink(missing_ok=True)         # the index vouches for them, not the key of whoever built them
         files = read_files(folder)
-        manifest = check_manifest(_sealed_manifest(files, folder))
-        check_digests(files, {**manifest["files"], "manifest.json": sha256_of(files["manifest.json"])}, path=folder)
+        manifest = check_whole(files, path=folder)
         index[folder.name] = {"version": manifest["version"], "files": {name: sha256_of(data) for name, data in files.items()}}
     write_atomic(root / "index.json", encode(index))
     return index

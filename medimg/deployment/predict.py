@@ -255,7 +255,7 @@ def _explain(bundle, out, study, k):
 
 
 def _record(bundle, study, status, *, warnings, started, **fields):
-    model = {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "signature": None}
+    model = {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "signature": bundle.signature}
     facts = {**dict.fromkeys(("study_uid", "series_uid", "patient_key", "modality", "body_part", "view", "patient_age_years", "patient_sex", "shape",
                               "description")), **study.facts}
     facts["shape"] = facts["shape"] or [int(s) for s in study.image.shape]
