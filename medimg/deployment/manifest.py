@@ -154,7 +154,7 @@ def _check_object(value, schema, where):
         elif isinstance(more, Mapping):
             check_schema(item, more, f"{where}: {key}")
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #65968ac7
+# %% ../../nbs/deployment/01a_manifest.ipynb #849b97c2
 def _object(properties, **more):
     return {"type": "object", "required": sorted(properties), "additionalProperties": False, "properties": properties, **more}
 
@@ -196,7 +196,7 @@ def manifest_schema() -> dict:
     Examples
     --------
     >>> sorted(manifest_schema()["properties"])[:3]
-    ['calibration', 'classes', 'created']
+    ['answer', 'calibration', 'classes']
     """
     fields = {
         "schema_version": {"const": MANIFEST_VERSION}, "name": {"type": "string", "pattern": _NAME_PATTERN},

@@ -72,9 +72,19 @@ class Finding:
     solid_diameter_mm: float | None = None
     growth: dict | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #74c1336e
+# %% ../../nbs/deployment/03a_prediction.ipynb #e04d4c19
+@dataclass(frozen=True, kw_only=True)
+class _InMemory:
+    """What an answer carries for reports and never writes down."""
+
+    picture: np.ndarray | None = None
+    heat_map: np.ndarray | None = None
+    volume: object | None = None
+    mask: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
 
     Parameters
@@ -144,10 +154,6 @@ class Prediction:
     input_sha256: str | None = None
     created: str | None = None
     duration_ms: float | None = None
-    picture: np.ndarray | None = None
-    heat_map: np.ndarray | None = None
-    volume: object | None = None
-    mask: np.ndarray | None = None
 
     def __repr__(self):
         return f"Prediction({self.source}: {_summary(self)})"
@@ -221,8 +227,8 @@ def prediction_schema() -> dict:
         "error": _row({"type": {"type": "string"}, "what": {"type": "string"}, "remedy": _STR}, null=True),
         "input_sha256": _STR, "created": _STR, "duration_ms": _NUM})}
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #b36edfaf
-_NOT_STORED = ("picture", "heat_map", "volume", "mask")
+# %% ../../nbs/deployment/03a_prediction.ipynb #dabe3e6e
+_NOT_STORED = tuple(f.name for f in fields(_InMemory))
 _TUPLES = ("classes", "prediction_set", "findings", "recommendations", "reasons", "warnings")
 
 
