@@ -375,7 +375,7 @@ def _methods(metrics):
             names.setdefault(re.sub(r"^(Wilson), \d+ ", r"\1, number ", e["method"]), []).append(name)
     return [f"  {method} ({', '.join(which)})" for method, which in names.items()]
 
-# %% ../nbs/foundations/cli.ipynb #8445cff1
+# %% ../nbs/foundations/cli.ipynb #0bf859c4
 @app.command()
 def reproduce(name: Annotated[str | None, typer.Argument(help="A bundle or an experiment; without a name: the list of them.")] = None,
               out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce/NAME; the same call again resumes there.")] = None,
@@ -389,7 +389,8 @@ def reproduce(name: Annotated[str | None, typer.Argument(help="A bundle or an ex
         _say([{"name": n, "about": about} for n, about in rows], columns(("name", "what"), rows), as_json)
         return
     result = reproduction.reproduce(name, out=out, profile=profile, data=data, update=update, seeds=_seeds(seeds), progress=not quiet and not as_json)
-    figures = result["figures"] if "figures" in result else {"AUC": result["metrics"]["auc"]}
+    metrics = result.get("metrics", {})
+    figures = result["figures"] if "figures" in result else {"AUC": metrics["auc"]} if "auc" in metrics else metrics
     rows = [(key, *_figures({"low": None, "high": None, **f})) for key, f in figures.items()]
     _say(result, f"{columns((name, 'value', '95 % interval'), rows)}\ncompared with the stored result: {result['verdict']}", as_json)
 

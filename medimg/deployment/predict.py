@@ -195,7 +195,7 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     return Finding("region that moved the score", "evidence-region", score=round(float(weight[best] / heat.sum()), 4), box_yx=(y, x, y + h, x + w),
                    note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease")
 
-# %% ../../nbs/deployment/03_predict.ipynb #1912ae94
+# %% ../../nbs/deployment/03_predict.ipynb #f368cc55
 def answer(bundle: Bundle, study: Study) -> Prediction:
     """The record for one study.
 
@@ -235,22 +235,29 @@ def answer(bundle: Bundle, study: Study) -> Prediction:
     if "answer" in bundle.manifest:
         return _located(bundle, study, reasons, warnings, started)
     out = bundle.run(study.image[None])
-    ood = {"method": "mahalanobis", "score": float(bundle.reference.score(out["features"])[0]), "threshold": bundle.reference.threshold}
-    if not ood["score"] <= ood["threshold"]:
-        reasons += (f"unlike the training images (distance {ood['score']:.0f}, familiar up to {ood['threshold']:.0f})",)
+    ood, far = _familiar(bundle, out["features"])
+    reasons += far
     score = _scores(bundle, out["logits"][0])
     if reasons:
         return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, ood=ood, score=score, started=started)
     return _record(bundle, study, "answered", warnings=warnings, ood=ood, score=score, started=started, **_judge(bundle, out, study))
 
 
+def _familiar(bundle, features):
+    """The distance of one picture from the training images, and the reason to refuse where that is too far."""
+    ood = {"method": "mahalanobis", "score": float(bundle.reference.score(features)[0]), "threshold": bundle.reference.threshold}
+    far = not ood["score"] <= ood["threshold"]
+    return ood, (f"unlike the training images (distance {ood['score']:.0f}, familiar up to {ood['threshold']:.0f})",) * far
+
+
 def _located(bundle, study, reasons, warnings, started):
     """A bundle that says where: the mask of a picture, or the findings of a stack."""
-    if reasons:
-        return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, started=started)
+    ood, far = _familiar(bundle, bundle.features(study.image[None])) if bundle.manifest["ood"] and not reasons else (None, ())
+    if reasons := (*reasons, *far):
+        return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, ood=ood, started=started)
     found = outline_answer(bundle, study.image) if bundle.task == "segmentation" else marks_answer(bundle, study.volume)
     unfamiliar = () if bundle.manifest["ood"] else ("this model has no check for unfamiliar images",)
-    return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), started=started, volume=study.volume, **found)
+    return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), ood=ood, started=started, volume=study.volume, **found)
 
 
 def _scores(bundle, logits):
