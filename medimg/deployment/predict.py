@@ -292,7 +292,7 @@ def _explain(bundle, out, study, k):
 
 
 def _record(bundle, study, status, *, warnings, started, **fields):
-    model = {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "signature": None}
+    model = {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "signature": bundle.signature}
     facts = {**dict.fromkeys(STUDY_FIELDS), **study.facts}
     facts["shape"] = facts["shape"] or [int(s) for s in study.image.shape]
     return Prediction(status, study.source, task=bundle.task, classes=bundle.classes, study=facts, model=model, input_sha256=study.sha256,
