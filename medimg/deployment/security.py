@@ -332,8 +332,43 @@ class PrivateTable:
             yield rows
             write_private(self.path, json.dumps({"format": 1, "rows": rows}, indent=1, sort_keys=True).encode())
 
-# %% ../../nbs/deployment/05d_security.ipynb #4c0e6ca5
-class KeyRing:
+# %% ../../nbs/deployment/05d_security.ipynb #233c4ae6
+class _KeyFile:
+    """The rows of a key ring: listed and revoked without any key at hand."""
+
+    def __init__(self, path, clock):
+        self._table, self._clock = PrivateTable(path, _KEY_FIELDS), clock
+
+    def revoke(self, identity: str) -> None:
+        """End a key at once, also for services that run.
+
+        Parameters
+        ----------
+        identity : str
+            The 12 characters of `keys`, or a whole key.
+
+        Raises
+        ------
+        ConfigError
+            When there is none such.
+        """
+        identity = match[1] if (match := _KEY.fullmatch(str(identity))) else str(identity)
+        with self._table.change() as rows:
+            if identity not in rows:
+                raise ConfigError(f"there is no key {identity[:20]!r}", remedy="list the keys")
+            rows[identity]["revoked"] = rows[identity]["revoked"] or self._clock()
+
+    def keys(self) -> list:
+        """One dict a key: id, name, role, created, expires, revoked; no hash.
+
+        Returns
+        -------
+        list of dict
+        """
+        return [{"id": i, **{k: v for k, v in row.items() if k != "hash"}} for i, row in self._table.rows().items()]
+
+# %% ../../nbs/deployment/05d_security.ipynb #d89961a0
+class KeyRing(_KeyFile):
     """API keys of a service: their hashes in a file of mode 0600.
 
     Parameters
@@ -355,7 +390,7 @@ class KeyRing:
     """
 
     def __init__(self, path, pepper: str | bytes | None = None, *, clock=time.time):
-        self._table, self._clock = PrivateTable(path, _KEY_FIELDS), clock
+        super().__init__(path, clock)
         self._pepper = pepper.encode() if isinstance(pepper, str) else pepper or b""
 
     def _hash(self, token):
@@ -415,34 +450,6 @@ class KeyRing:
         if row["revoked"] is not None or not self._clock() < row["expires"]:
             raise _refused("expired" if row["revoked"] is None else "revoked")
         return Principal(row["name"], row["role"], "key")
-
-    def revoke(self, identity: str) -> None:
-        """End a key at once, also for services that run.
-
-        Parameters
-        ----------
-        identity : str
-            The 12 characters of `keys`, or a whole key.
-
-        Raises
-        ------
-        ConfigError
-            When there is none such.
-        """
-        identity = match[1] if (match := _KEY.fullmatch(str(identity))) else str(identity)
-        with self._table.change() as rows:
-            if identity not in rows:
-                raise ConfigError(f"there is no key {identity[:20]!r}", remedy="list the keys")
-            rows[identity]["revoked"] = rows[identity]["revoked"] or self._clock()
-
-    def keys(self) -> list:
-        """One dict a key: id, name, role, created, expires, revoked; no hash.
-
-        Returns
-        -------
-        list of dict
-        """
-        return [{"id": i, **{k: v for k, v in row.items() if k != "hash"}} for i, row in self._table.rows().items()]
 
 
 def _refused(reason):
