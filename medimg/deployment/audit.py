@@ -155,7 +155,7 @@ def _overwrite(path, text):
     finally:
         os.close(handle)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #d15e4290
+# %% ../../nbs/deployment/05e_audit.ipynb #d1daf6bc
 class AuditLog:
     """An append-only log chained by HMAC-SHA-256, safe between threads and processes.
 
@@ -181,7 +181,7 @@ class AuditLog:
 
     def __init__(self, path, key, *, head=None, pseudonym_key=None):
         self.path, self._key, self._names = Path(path), _bytes(key), _bytes(pseudonym_key or key)
-        self._chain, self._lock, self._guard, self._waiting = _Chain(path, head), threading.Lock(), threading.Lock(), []
+        self._chain, self._turn, self._busy, self._waiting = _Chain(path, head), threading.Condition(), False, []
 
     def study(self, uid: str) -> str:
         """The pseudonym under which a study stands in this log.
@@ -223,25 +223,26 @@ class AuditLog:
             In their order.
         """
         ticket = {"events": [checked(e) for e in events], "done": False}
-        with self._guard:
+        with self._turn:
             self._waiting.append(ticket)
-        with self._lock:
-            if not ticket["done"]:
-                with self._guard:
-                    batch, self._waiting = self._waiting, []
-                self._commit(batch, ticket)
-
-    def _commit(self, batch, own):
-        entries = [(self._key, event) for ticket in batch for event in ticket["events"]]
+            self._turn.wait_for(lambda: ticket["done"] or not self._busy)
+            if ticket["done"]:
+                return
+            self._busy, batch, self._waiting = True, self._waiting, []
         try:
+            entries = [(self._key, event) for t in batch for event in t["events"]]
             if entries:
                 self._chain.commit(entries)
-        except BaseException:
-            with self._guard:                                # the others try for themselves
-                self._waiting = [ticket for ticket in batch if ticket is not own] + self._waiting
-            raise
-        for ticket in batch:
-            ticket["done"] = True
+            for t in batch:
+                t["done"] = True
+        finally:
+            self._leave([t for t in batch if not t["done"] and t is not ticket])
+
+    def _leave(self, undone=()):
+        """The next one's turn; the events of others that failed with ours are tried again by them."""
+        with self._turn:
+            self._busy, self._waiting = False, [*undone, *self._waiting]
+            self._turn.notify_all()
 
     def rotate(self, key) -> None:
         """Go on under another key: a record under the old key announces it, one under the new key binds all that came before.
@@ -253,7 +254,12 @@ class AuditLog:
         key : str or bytes
             The new key. `verify` needs both from now on.
         """
-        with self._lock:
+        with self._turn:
+            self._turn.wait_for(lambda: not self._busy)
+            self._busy = True
+        try:
             old, new = self._key, _bytes(key)
             self._chain.commit([(old, {"action": "audit.rotate", "keyid": key_id(new)}), (new, {"action": "audit.rotated", "keyid": key_id(old)})])
             self._key = new
+        finally:
+            self._leave()

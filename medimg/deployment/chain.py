@@ -254,7 +254,7 @@ def _shared(path):
         fcntl.flock(file, fcntl.LOCK_SH)
         return file.read(MAX_LINE)
 
-# %% ../../nbs/deployment/05j_chain.ipynb #6e4385e9
+# %% ../../nbs/deployment/05j_chain.ipynb #e03f6b54
 class _Walk:
     """Where a walk along the chain is, and what it has found."""
 
@@ -283,7 +283,7 @@ class _Walk:
 
     def compare(self, head):
         """What the head knows of the end."""
-        if head["log"] != self.log:
+        if self.count and head["log"] != self.log:
             self.problem(0, "the head belongs to another log")
         elif head["count"] > self.next:
             self.problem(0, f"records {self.next} to {head['count'] - 1} are missing at the end: the head counts {head['count']}")
@@ -353,7 +353,7 @@ def torn_sha256(raw: bytes) -> str:
     """
     return hashlib.sha256(raw.rstrip(b"\n")).hexdigest()
 
-# %% ../../nbs/deployment/05j_chain.ipynb #f2d739f5
+# %% ../../nbs/deployment/05j_chain.ipynb #be9a9eed
 def _lines(file):
     """Lines with their ends; one that is too long comes in pieces, none of which is a record."""
     while line := file.readline(MAX_LINE + 1):
@@ -367,10 +367,10 @@ def _finish(checker):
         checker.notes.append((checker.garbage[0][0], f"torn write of {size} bytes at the end; the next record will account for it"))
     else:
         checker.flush(None)
-    if checker.head:
-        checker.compare(checker.head)
     if not checker.count and checker.problems:
         checker.problems.insert(0, (0, "no line holds: another key, or another file"))
+    if checker.head:
+        checker.compare(checker.head)
 
 
 def verify(path, key, head=None) -> AuditReport:
