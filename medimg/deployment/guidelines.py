@@ -211,12 +211,13 @@ def _assumed(guideline, inputs):
 def _unknown(value):
     return value is None or (isinstance(value, dict) and all(v is None for v in value.values()))
 
-# %% ../../nbs/deployment/04a_guidelines.ipynb #20eeb7bd
+# %% ../../nbs/deployment/04a_guidelines.ipynb #1435d8e3
 def _words(name, condition):
-    """A condition in words: `risk low`, `mean diameter >= 6 mm and < 9 mm`."""
+    """A condition in words: `risk: low`, `mean diameter >= 6 and < 9 mm`."""
+    name = name.replace("_", " ")
     if isinstance(condition, list):
-        said = " or ".join({True: "yes", False: "no"}.get(v, str(v)) if isinstance(v, bool) else str(v) for v in condition)
-        return f"{name} {said}"
+        said = " or ".join(("no", "yes")[v] if isinstance(v, bool) else str(v) for v in condition)
+        return f"{name}: {said}"
     if "mm" in condition:
         return _words("solid component" if name == "solid" else "mean diameter", condition["mm"]) + " mm"
     return f"{name} " + " and ".join(f"{_SIGNS[k]} {v:g}" for k, v in condition.items())
@@ -227,7 +228,7 @@ def _plain(value):
     return sorted(value) if isinstance(value, frozenset) else {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def _alternatives(kept, values, most=4):
+def _alternatives(kept, values, most=6):
     """The outcomes that remain, each with the open conditions that lead to it."""
     if len({(found["category"], found["text"]) for found, _ in kept}) > most:
         left = sorted({found["category"] for found, _ in kept if found["category"]})
@@ -237,7 +238,7 @@ def _alternatives(kept, values, most=4):
         open_ones = [_words(n, c) for n, c in row["when"].items() if holds(values.get(n), c) is None]
         label = f"{found['category']}, {found['text']}" if found["category"] else found["text"]
         said.setdefault(label, []).append(" and ".join(open_ones) or "otherwise")
-    return "; ".join(f"if {' / '.join(dict.fromkeys(conditions))}: {label}".replace("if otherwise", "otherwise") for label, conditions in said.items())
+    return "; ".join(f"if {' / '.join(dict.fromkeys(conditions))} → {label}".replace("if otherwise →", "otherwise →") for label, conditions in said.items())
 
 
 def _known(guideline, inputs, kept):
