@@ -40,7 +40,7 @@ def _radius(n):
     z, y, x = np.ogrid[-n:n + 1, -n:n + 1, -n:n + 1]
     return np.sqrt(z**2 + y**2 + x**2) * STEP_MM
 
-# %% ../../nbs/deployment/03c_measure.ipynb #52f9d706
+# %% ../../nbs/deployment/03c_measure.ipynb #e7ea2aca
 def _piece(mask, radius, reach_mm, share=0.45, most_mm=3.0):
     """The thick part of `mask` nearest to the middle, without what is thin; None when there is none."""
     from scipy import ndimage
@@ -52,7 +52,7 @@ def _piece(mask, radius, reach_mm, share=0.45, most_mm=3.0):
     cut = min(share * depth[top], most_mm)
     pieces, _ = ndimage.label(depth > cut)
     trunk = pieces == pieces[top]
-    return mask & (ndimage.distance_transform_edt(~trunk, sampling=STEP_MM) <= cut)
+    return mask & (ndimage.distance_transform_edt(~trunk, sampling=STEP_MM) <= cut + STEP_MM)
 
 
 def _surroundings(hu, lung, radius, diameter_mm):
@@ -147,7 +147,7 @@ def slice_axes(mask, step_mm: float = STEP_MM) -> tuple:
     chord = max(np.ptp(across[place == p]) for p in np.unique(place))
     return float((width[best] + 1) * step_mm), float((chord + 1) * step_mm)
 
-# %% ../../nbs/deployment/03c_measure.ipynb #66cdc155
+# %% ../../nbs/deployment/03c_measure.ipynb #47dae811
 def _sizes(mask):
     """Long and short axis in mm on the axial slice of largest area, that slice."""
     k = int(mask.sum((1, 2)).argmax())
@@ -159,7 +159,7 @@ def _volume(raw, whole, kind, bg, edge_mm):
     from scipy import ndimage
     if kind != "solid":
         return float(whole.sum() * STEP_MM**3)
-    near = ndimage.distance_transform_edt(~whole, sampling=STEP_MM) <= 0.6 * edge_mm
+    near = ndimage.distance_transform_edt(~whole, sampling=STEP_MM) <= 0.6 * edge_mm + 0.25
     return float(np.clip((raw[near] - bg) / (_SOLID_HU - bg), 0, 1).sum() * STEP_MM**3)
 
 
@@ -177,7 +177,7 @@ def _place(lungs, volume, centre_mm):
     share = (at[0] - heights[0]) / max(1, heights[-1] - heights[0])
     return ("right" if label == LUNG_LABELS["lung_right"] else "left"), ("lower", "middle", "upper")[min(2, max(0, int(3 * share)))]
 
-# %% ../../nbs/deployment/03c_measure.ipynb #ccd5821d
+# %% ../../nbs/deployment/03c_measure.ipynb #9a942efa
 def measure_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str | None = None, lungs=None, score: float | None = None) -> Finding:
     """A nodule in a chest CT, outlined and measured.
 
@@ -188,7 +188,7 @@ def measure_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str |
     centre_mm : (x, y, z), in mm
         About its middle, world LPS.
     diameter_mm : float
-        About its diameter, above 0 and at most 100; a third too small or too large does no harm.
+        About its diameter, above 0 and at most 40; a third too small or too large does no harm.
     kind : {"solid", "part-solid", "ground-glass"}, optional
         Where the detector knows it; default from the grey values.
     lungs : array (z, y, x), uint8, optional
@@ -254,12 +254,12 @@ def outline_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str |
         return missing, np.zeros(volume.shape, bool)
     return _described(volume, straight, (centre, kind, whole, core, mm3), side, note, score)
 
-# %% ../../nbs/deployment/03c_measure.ipynb #d8307e7b
+# %% ../../nbs/deployment/03c_measure.ipynb #38fe9845
 def _check(volume, centre_mm, diameter_mm, kind):
     if volume.units != "HU" or len(volume.shape) != 3:
         raise DatasetError(f"nodules are measured in CT, in HU, not in {volume.units!r}", remedy="read the CT series itself")
-    if not 0 < diameter_mm <= 100:
-        raise ConfigError(f"no nodule measures about {diameter_mm} mm", remedy="give a diameter above 0 and at most 100 mm")
+    if not 0 < diameter_mm <= 40:
+        raise ConfigError(f"no nodule measures about {diameter_mm} mm", remedy="give a diameter above 0 and at most 40 mm; above 30 mm it is a mass")
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind of nodule {kind!r}", remedy=f"use one of {', '.join(KINDS)}")
     at = volume.index(np.asarray(centre_mm, float))
@@ -271,13 +271,13 @@ def _found(straight, lungs, centre, diameter, kind, tries=2):
     """(centre, kind, whole, core, mm³); again with twice the size when the outline fills what was looked at."""
     from scipy import ndimage
     for attempt in range(tries):
-        axes, n = _axes(straight, centre, max(diameter, diameter / 2 + 7))
+        axes, n = _axes(straight, centre, max(0.9 * diameter, diameter / 2 + 7))
         raw, radius = _sample(straight.array, axes), _radius(n)
         hu, soft = (ndimage.gaussian_filter(raw, sigma / STEP_MM) for sigma in (0.4, 1.0))
         inside = _sample((lungs > 0).astype(np.uint8), axes) > 0.5
         edge = float(np.mean(straight.spacing_mm))
         what, whole, core = _outline(hu, soft, inside, radius, diameter, kind, edge)
-        if whole is None or attempt or _ball_mm(whole.sum()) < 1.5 * diameter or diameter > 50:
+        if whole is None or attempt or _ball_mm(whole.sum()) < 1.5 * diameter or diameter > 20:
             break
         diameter *= 2
     mm3 = None if whole is None else _volume(raw, whole, what, _surroundings(hu, inside, radius, diameter), edge)
