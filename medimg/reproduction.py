@@ -160,7 +160,7 @@ def _checked_update(r, profile, data, seed, n):
         raise ConfigError("update ships only the whole recipe", remedy="leave profile full, data real, and seed and n at their defaults")
     return _checkout()
 
-# %% ../nbs/foundations/reproduction.ipynb #d700468c
+# %% ../nbs/foundations/reproduction.ipynb #3f1a339f
 #: Bundles that say where: module of the experiment, its training, its packing, and what it is.
 LOCATED = {"phantom-nodules": ("screening", "screening_detector", "nodule_bundle", "nodules in CT of phantoms, four ways of scanning (about 25 min)"),
            "phantom-lungs": ("outline", "lung_outliner", "lung_bundle", "lungs on radiographs of phantoms (about 3 min)")}
@@ -192,7 +192,7 @@ def _located(name, *, out, profile, seed, n, update, progress, log):
     return result
 
 
-_FEW = {"ci": 12, "course": 24}          # images that are made for a rehearsal
+_FEW = {"ci": 60, "course": 60}          # images that are made for a rehearsal; ten of them are the least that can be judged
 
 # %% ../nbs/foundations/reproduction.ipynb #b2cacfbe
 def reproducible() -> list:

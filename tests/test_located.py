@@ -218,3 +218,13 @@ for row in watch(Bundle.load({str(tmp_path / 'toy')!r}, verify=False), {str(tmp_
 def test_results_may_not_lie_among_what_is_watched(tmp_path):
     with pytest.raises(ConfigError, match="among"):
         next(watch("pneumonia", tmp_path, tmp_path / "out"))
+
+
+def test_a_bundle_that_says_where_is_made_again_by_its_name(tmp_path):
+    from medimg.reproduction import reproducible, reproduce
+    made = reproduce("phantom-lungs", profile="ci", out=tmp_path / "r", log=tmp_path / "reads.jsonl", progress=False)
+    assert {"phantom-lungs", "phantom-nodules"} <= {name for name, _ in reproducible()}
+    assert made["n_test"] == 12 and made["metrics"]["dice"]["low"] <= made["metrics"]["dice"]["value"] and made["verdict"].startswith("different, because")
+    packed = Bundle.load(tmp_path / "r" / "bundle", allow_unsigned=True)
+    assert packed.digest == made["bundle"]["digest"] and packed.manifest["metrics"]["dice"]["value"] == made["metrics"]["dice"]["value"]
+    assert len((tmp_path / "reads.jsonl").read_text().splitlines()) == 1
