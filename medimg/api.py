@@ -247,7 +247,7 @@ def load_predictor(run_or_bundle):
     Returns
     -------
     (Predictor, dict)
-        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks; else None), `trained_on` (checksum), `seed`, `version`.
+        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks a number, multilabel ones a list; else None), `trained_on` (checksum), `seed`, `version`.
 
     Raises
     ------
@@ -271,7 +271,8 @@ def load_predictor(run_or_bundle):
                            "trained_on": run.dataset["checksum"], "seed": run.seed, "version": None}
     bundle = run_or_bundle if hasattr(run_or_bundle, "manifest") else load_bundle(run_or_bundle)
     m = bundle.manifest
-    threshold = (m["thresholds"] or {}).get(m["classes"][1]) if m["task"] == "binary" else None
+    cuts = m["thresholds"] or {}
+    threshold = cuts.get(m["classes"][1]) if m["task"] == "binary" else [cuts.get(c, 0.5) for c in m["classes"]] if m["task"] == "multilabel" else None
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
@@ -331,14 +332,14 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         result["card"] = _write_card(folder, result, *made, part, getattr(predictor, "manifest", None))
     return result
 
-# %% ../nbs/foundations/api.ipynb #4243b6cb
+# %% ../nbs/foundations/api.ipynb #3bbc0bd9
 def _who_answers(run_or_bundle):
     """(predictor, facts, None) of a run or bundle; (None, facts, answers) of a file of answers."""
     if not str(run_or_bundle).endswith(".npz"):
         return *load_predictor(run_or_bundle), None
     from medimg.evaluation.answers import read_answers
     given = read_answers(run_or_bundle)
-    facts = {"name": given["name"], "dataset": None, "task": given["kind"], "classes": None, "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
+    facts = {"name": given["name"], "dataset": None, "task": {"points": "detection"}.get(given["kind"], given["kind"]), "classes": None, "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
     return None, facts, given
 
 
