@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'MAX_FILE_BYTES', 'MAX_TOTAL_BYTES', 'MAX_RATIO', 'UNSIGNED', 'UNVERIFIED', 'read_files',
-           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'Bundle', 'calibrate', 'build_bundle',
-           'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'inspect', 'verify', 'update_index']
+           'bundles_dir', 'shipped', 'check_digests', 'open_files', 'needed_files', 'Bundle', 'calibrate',
+           'build_bundle', 'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'inspect', 'verify', 'update_index']
 
-# %% ../../nbs/deployment/01_bundle.ipynb #261d19f8
+# %% ../../nbs/deployment/01_bundle.ipynb #42e52edc
 import os
 import shutil
 import stat
@@ -26,7 +26,7 @@ from ..errors import BundleError, MedimgError, SignatureError, nearest
 
 REQUIRED = ("manifest.json", "preprocess.json", "model.onnx", "calibration.json", "monitoring_reference.npz", "training_ids.txt",
             "MODEL_CARD.md", "LICENSE-DATA.txt")
-OPTIONAL = ("model.keras",)
+OPTIONAL = ("model.keras", "second.onnx")
 MAX_FILE_BYTES, MAX_TOTAL_BYTES, MAX_RATIO = 512 << 20, 1 << 30, 200
 
 
@@ -229,17 +229,44 @@ def open_files(name_or_path, *, verify: bool = True) -> tuple:
         check_digests(files, digests, path=path)
     return files, path, "unsigned" if digests is None else "shipped"
 
-# %% ../../nbs/deployment/01_bundle.ipynb #76481d2d
+# %% ../../nbs/deployment/01_bundle.ipynb #0adac4f1
+def needed_files(manifest: dict) -> tuple:
+    """The files that a bundle with this manifest must have: all of `REQUIRED`, but the reference only where unfamiliar images are checked.
+
+    Parameters
+    ----------
+    manifest : dict
+        As `check_manifest` returns it.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> from medimg.deployment.manifest import example_manifest
+    >>> needed_files(example_manifest()) == REQUIRED
+    True
+    """
+    second = ("second.onnx",) if manifest.get("answer", {}).get("cube") else ()
+    return tuple(name for name in REQUIRED if manifest["ood"] or name != "monitoring_reference.npz") + second
+
+
+def _present(files, names, path):
+    for name in names:
+        if name not in files:
+            raise SignatureError("is missing", path=Path(path) / name, remedy="get the bundle again from its author")
+
+# %% ../../nbs/deployment/01_bundle.ipynb #9fc9e157
 class _Packed:
     """Files and facts of a verified bundle."""
 
     def __init__(self, files: dict, *, path, origin: str):
-        for name in REQUIRED:
-            if name not in files:
-                raise SignatureError("is missing", path=Path(path) / name, remedy="get the bundle again from its author")
         self.path, self.origin = Path(path), origin
+        _present(files, ("manifest.json",), path)
         self.manifest = check_manifest(decode(files["manifest.json"], Path(path) / "manifest.json"))
-        self._files = {name: data for name, data in files.items() if name not in OPTIONAL}
+        _present(files, needed_files(self.manifest), path)
+        self._files = {name: data for name, data in files.items() if name != "model.keras"}
         self.sizes = {name: len(data) for name, data in files.items()}
         self.warnings = {"shipped": (), "unsigned": (UNSIGNED,)}.get(origin, (UNVERIFIED,))
 
@@ -247,7 +274,7 @@ class _Packed:
     version = property(lambda self: self.manifest["version"], doc="Version of the bundle, for example `1.0`.")
     digest = property(lambda self: self.manifest["digest"], doc="SHA-256 that stands for the whole content.")
     classes = property(lambda self: tuple(self.manifest["classes"]), doc="Class names, in the order of the probability columns.")
-    task = property(lambda self: self.manifest["task"], doc="binary, multiclass, multilabel or ordinal.")
+    task = property(lambda self: self.manifest["task"], doc="binary, multiclass, multilabel, ordinal, segmentation or detection.")
     card = property(lambda self: self._files["MODEL_CARD.md"].decode("utf-8", "replace"), doc="The model card, Markdown.")
 
     @cached_property
@@ -267,14 +294,14 @@ _CALIBRATION = {"type": "object", "required": ["method", "temperature", "n", "fi
     "method": {"enum": ["temperature", "none"]}, "temperature": {"type": "number", "minimum": 0.001, "maximum": 1000},
     "n": {"type": "integer", "minimum": 0}, "fitted_on": {"type": "string", "maxLength": 200}}}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #a8b56a17
+# %% ../../nbs/deployment/01_bundle.ipynb #a252f140
 class Bundle(_Packed):
     """A verified model with all that its answers depend on; implements the Predictor protocol. Made by `Bundle.load`.
 
     Examples
     --------
     >>> sorted(name for name in vars(Bundle) if not name.startswith("_"))
-    ['cam', 'engine', 'features', 'load', 'ood_score', 'predict', 'preprocessor', 'reference', 'run']
+    ['cam', 'engine', 'features', 'load', 'ood_score', 'predict', 'preprocessor', 'reference', 'run', 'second']
     """
 
     @classmethod
@@ -295,8 +322,13 @@ class Bundle(_Packed):
 
     @cached_property
     def reference(self):
-        """The `Reference` for familiar pictures."""
-        return read_reference(self._files["monitoring_reference.npz"])
+        """The `Reference` for familiar pictures; None where the bundle has no check for unfamiliar ones."""
+        return read_reference(self._files["monitoring_reference.npz"]) if self.manifest["ood"] else None
+
+    @cached_property
+    def second(self):
+        """The `Engine` of the second look at each candidate, or None."""
+        return _open_second(self)
 
     def run(self, images) -> dict:
         """Named outputs for `images`, display grey values (n, y, x[, c]) or a list of pictures: logits (n, k), features (n, d), cam (n, h, w, k)."""
@@ -312,7 +344,14 @@ class Bundle(_Packed):
         Returns
         -------
         array (n, classes), float64 in 0 … 1
+
+        Raises
+        ------
+        BundleError
+            For a bundle that draws masks or marks lesions: see `medimg.deployment.located`.
         """
+        if "answer" in self.manifest:
+            raise BundleError(f"{self.name} answers where, not how probable", path=self.path, remedy="use medimg.predict, or medimg.deployment.located")
         return probabilities(self.run(images)["logits"], task=self.task, temperature=self.calibration["temperature"])
 
     def features(self, images) -> np.ndarray:
@@ -345,7 +384,7 @@ class Bundle(_Packed):
     def __repr__(self):
         return f"Bundle({self.name} {self.version}, {self.task}: {' / '.join(self.classes)}, {self.origin}, digest {self.digest[:12]})"
 
-# %% ../../nbs/deployment/01_bundle.ipynb #ca594cd6
+# %% ../../nbs/deployment/01_bundle.ipynb #1f68f461
 def _open_preprocessor(bundle):
     from medimg.data.preprocess import Preprocessor
     try:
@@ -357,8 +396,19 @@ def _open_preprocessor(bundle):
 def _open_engine(bundle):
     from medimg.deployment.engine import Engine
     engine, shape = Engine(bundle._files["model.onnx"]), tuple(bundle.manifest["input"]["shape"])
-    if any(have not in (None, said) for have, said in zip(engine.input_shape, shape)):
+    if len(engine.input_shape) != len(shape) or any(have not in (None, said) for have, said in zip(engine.input_shape, shape)):
         raise BundleError(f"takes {engine.input_shape} but the manifest says {shape}", path=bundle.path / "model.onnx")
+    return engine
+
+
+def _open_second(bundle):
+    from medimg.deployment.engine import Engine
+    size = bundle.manifest.get("answer", {}).get("cube")
+    if not size:
+        return None
+    engine = Engine(bundle._files["second.onnx"])
+    if engine.input_shape[:3] != (size,) * 3:
+        raise BundleError(f"takes {engine.input_shape} but the manifest says cubes of {size}", path=bundle.path / "second.onnx")
     return engine
 
 # %% ../../nbs/deployment/01_bundle.ipynb #c31c20ca
@@ -404,7 +454,7 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #61b8b721
+# %% ../../nbs/deployment/01_bundle.ipynb #f768df5e
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
@@ -420,12 +470,14 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, **facts)
     preprocessor : Preprocessor
         As in training.
     dataset : ImageDataset, optional
-        For `calibrate`, and for `classes`, `task` and `training`; without it give `calibration`, `reference` (a `Reference`), `training_ids`.
+        For `calibrate`, and for `classes`, `task` and `training`; without it give `calibration`, `reference` (a `Reference`, or None for a task that says where),
+        `training_ids`.
     batch : array (n, y, x, c) float32, optional
         Preprocessed pictures for the parity check of a Keras model; random ones by default.
     **facts
         The manifest's fields `name, version, classes, task, input, population, thresholds, training, metrics, licence`, and optionally
-        `created` (ISO date), `licence_text`, `notes` (for the model card), `weights` (bytes of a `.keras` file, so that it can be trained further).
+        `created` (ISO date), `licence_text`, `notes` (for the model card), `weights` (bytes of a `.keras` file, so that it can be trained further);
+        for segmentation and detection also `answer` (see `medimg.deployment.manifest.ANSWERS`) and `second` (the ONNX bytes of a second look).
 
     Returns
     -------
@@ -453,7 +505,7 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, **facts)
     _write_folder(Path(out), files)
     return Bundle.load(out)
 
-# %% ../../nbs/deployment/01_bundle.ipynb #3252b4e1
+# %% ../../nbs/deployment/01_bundle.ipynb #ef57f00e
 def _graph_of(model, batch):
     if isinstance(model, (bytes, str, Path)):
         return model if isinstance(model, bytes) else Path(model).read_bytes(), None
@@ -479,16 +531,15 @@ def _dataset_facts(dataset):
 
 def _check_facts(facts):
     needed = {*_FACTS, "calibration", "reference", "training_ids"}
-    allowed = needed | {"created", "licence_text", "notes", "weights"}
+    allowed = needed | {"created", "licence_text", "notes", "weights", "answer", "second"}
     if missing := sorted(needed - set(facts)):
         raise BundleError(f"the facts lack {', '.join(missing)}", remedy="give them to build_bundle")
     if unknown := sorted(set(facts) - allowed):
         raise BundleError(f"unknown fact {unknown[0]!r}", remedy=nearest(unknown[0], allowed))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #c4a1c5ae
+# %% ../../nbs/deployment/01_bundle.ipynb #14b788ea
 def _pack_files(graph, engine, preprocessor, facts, difference):
-    sample = engine.run(np.zeros((1, *(s or 1 for s in engine.input_shape)), "float32"))
-    outputs = {name: f"(n, {', '.join(map(str, sample[name].shape[1:]))})" if name in sample else None for name in ("logits", "features", "cam")}
+    outputs = _shapes(engine)
     reference, calibration = facts["reference"], facts["calibration"]
     box = {"shape": list(engine.input_shape), "modality": None, "body_part": None, "view": None, "units": "display grey values",
            "range": [0, 255], "spacing_mm": None, **facts["input"]}
@@ -497,17 +548,25 @@ def _pack_files(graph, engine, preprocessor, facts, difference):
                 "population": {"age_years": None, "sex": None, **facts["population"]}, "preprocess": "preprocess.json",
                 "training": {"checksum": None, "run": None, "seed": None, "commit": None, **facts["training"]},
                 "calibration": "calibration.json", "parity": {"max_abs_difference": difference}, "research_use": RESEARCH_USE,
-                "ood": {"method": "mahalanobis", "threshold": reference.threshold, "quantile": reference.quantile}}
+                "ood": reference and {"method": "mahalanobis", "threshold": reference.threshold, "quantile": reference.quantile},
+                **({"answer": facts["answer"]} if facts.get("answer") else {})}
     text = preprocessor.to_json()
     files = {"model.onnx": graph, "preprocess.json": text.encode() if isinstance(text, str) else encode(text), "calibration.json": encode(calibration),
-             "monitoring_reference.npz": reference.to_bytes(), "training_ids.txt": "".join(f"{i}\n" for i in sorted(set(facts["training_ids"]))).encode(),
+             "training_ids.txt": "".join(f"{i}\n" for i in sorted(set(facts["training_ids"]))).encode(),
              "MODEL_CARD.md": model_card(manifest, notes=facts.get("notes", "")).encode(),
              "LICENSE-DATA.txt": (facts.get("licence_text") or "{data}\n\n{citation}\n".format(**facts["licence"])).encode()}
-    if facts.get("weights"):
-        files["model.keras"] = facts["weights"]
+    more = {"monitoring_reference.npz": reference and reference.to_bytes(), "model.keras": facts.get("weights"), "second.onnx": facts.get("second")}
+    files |= {name: data for name, data in more.items() if data}
     manifest = seal({**manifest, "files": {name: sha256_of(data) for name, data in files.items()}})
     check_manifest(manifest)
     return {**files, "manifest.json": encode(manifest)}
+
+# %% ../../nbs/deployment/01_bundle.ipynb #24250202
+def _shapes(engine):
+    """The shapes of a graph's named outputs as text; of an input with free sides, those for sides of 16."""
+    sample = engine.run(np.zeros((1, *(s or 16 for s in engine.input_shape)), "float32"))
+    free = " for sides of 16" if None in engine.input_shape else ""
+    return {name: f"(n, {', '.join(map(str, sample[name].shape[1:]))}){free}" if name in sample else None for name in ("logits", "features", "cam")}
 
 # %% ../../nbs/deployment/01_bundle.ipynb #7674e738
 def _write_folder(out, files):
@@ -631,7 +690,7 @@ def toy_bundle(out, *, bias: float = -2.0, **facts) -> Bundle:
                         calibration=fit_temperature(found["logits"][200:], labels[200:], task="binary"),
                         reference=fit_reference(found["features"][:200], found["features"][200:]))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #33fac700
+# %% ../../nbs/deployment/01_bundle.ipynb #c3462dab
 def pack(name_or_path, out) -> Path:
     """Write a verified bundle as one `.medimg` file; equal bundles give equal bytes.
 
@@ -704,9 +763,9 @@ def verify(name_or_path) -> dict:
     8
     """
     bundle = Bundle.load(name_or_path)
-    parts = (bundle.preprocessor, bundle.engine, bundle.reference, bundle.calibration, bundle.training_ids)
+    parts = (bundle.preprocessor, bundle.engine, bundle.second, bundle.reference, bundle.calibration, bundle.training_ids)
     return {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "files": len(bundle.sizes),
-            "bytes": sum(bundle.sizes.values()), "parts_opened": len(parts), "warnings": list(bundle.warnings)}
+            "bytes": sum(bundle.sizes.values()), "parts_opened": sum(part is not None for part in parts), "warnings": list(bundle.warnings)}
 
 
 def update_index(root=None) -> dict:
