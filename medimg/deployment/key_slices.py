@@ -92,7 +92,7 @@ def _around(middle, half, n):
     start = int(np.clip(round(middle - half), 0, max(n - round(2 * half), 0)))
     return slice(start, min(start + round(2 * half), n))
 
-# %% ../../nbs/deployment/05f_key_slices.ipynb #bb1a0ba6
+# %% ../../nbs/deployment/05f_key_slices.ipynb #4c5f4d15
 _FINE = 4           # corners of an outline per pixel
 _WINDOWS = {"lung": (-600.0, 1500.0), "mediastinum": (40.0, 400.0)}
 
@@ -121,7 +121,7 @@ def key_slices(prediction, *, most: int = 6, side_mm: float = 60.0) -> list:
     >>> key_slices(Prediction("answered", "ct"))
     []
     """
-    volume, mask = getattr(prediction, "volume", None), getattr(prediction, "mask", None)
+    volume, mask = prediction.volume, prediction.mask
     if volume is None or volume.array.ndim != 3 or not volume.is_regular or prediction.status != "answered":
         return []
     volume, mask = _as_read(volume, mask)
@@ -177,7 +177,7 @@ def _line(mask, k, z, rows, columns, finding, centre, spacing, step):
     x = (centre[2] + 0.5 - columns.start + radius / spacing[1] * np.cos(turn)) * scale[1]
     return [" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))], False
 
-# %% ../../nbs/deployment/05f_key_slices.ipynb #edf3c32a
+# %% ../../nbs/deployment/05f_key_slices.ipynb #73877ce0
 def toy_detection(case, source: str = "ct"):
     """A Prediction that says exactly what was planted in a phantom: for teaching and for tests, never a model's answer.
 
@@ -199,34 +199,27 @@ def toy_detection(case, source: str = "ct"):
     >>> answer.findings[0].type, answer.mask.max()
     ('solid', 3)
     """
-    from medimg.deployment.prediction import Finding, Prediction
+    from medimg.deployment.prediction import STUDY_FIELDS, Prediction
     volume, mask, findings = case.volume, np.zeros(case.labels.shape, np.uint8), []
     for number, nodule in enumerate(case.nodules):
         inside = case.labels == 16 + number
         if inside.any():
-            findings.append(_planted(Finding, nodule, len(findings) + 1, int(np.clip(round(volume.index(nodule.centroid_mm)[0]), 0, volume.shape[0] - 1))))
+            findings.append(_planted(nodule, len(findings) + 1, int(np.clip(round(volume.index(nodule.centroid_mm)[0]), 0, volume.shape[0] - 1))))
             mask[inside] = len(findings)
     model = {"name": "phantom truth", "version": "1", "digest": "0" * 64, "origin": "unsigned", "signature": None}
-    study = dict.fromkeys(("study_uid", "series_uid", "patient_key", "modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "description"))
-    study |= {"modality": "CT", "body_part": "CHEST", "patient_age_years": float(volume.meta.get("patient_age_years") or 60), "shape": list(volume.shape)}
-    facts = {"task": "detection", "classes": ("nodule",), "findings": tuple(findings), "model": model, "study": study, "created": "2026-01-01T08:00:00+00:00",
-             "picture": _grey(volume.crop(z=slice(volume.shape[0] // 2, volume.shape[0] // 2 + 1)), _WINDOWS["lung"])}
-    return _with(Prediction("answered", source, **facts), volume=volume, mask=mask)
+    study = {**dict.fromkeys(STUDY_FIELDS), "modality": "CT", "body_part": "CHEST", "patient_age_years": float(volume.meta.get("patient_age_years") or 60),
+             "shape": list(volume.shape)}
+    middle = volume.crop(z=slice(volume.shape[0] // 2, volume.shape[0] // 2 + 1))
+    return Prediction("answered", source, task="detection", classes=("nodule",), findings=tuple(findings), model=model, study=study, volume=volume, mask=mask,
+                      created="2026-01-01T08:00:00+00:00", picture=_grey(middle, _WINDOWS["lung"]))
 
-# %% ../../nbs/deployment/05f_key_slices.ipynb #026c5364
-def _planted(kind, nodule, k, z):
+# %% ../../nbs/deployment/05f_key_slices.ipynb #85214735
+def _planted(nodule, k, z):
+    from medimg.deployment.prediction import Finding
     d = nodule.diameter_mm
-    facts = {"label": "nodule", "type": nodule.kind, "score": round(0.97 - 0.06 * k, 2), "slice": z, "centroid_mm": nodule.centroid_mm, "long_axis_mm": d, "short_axis_mm": d,
-             "mean_diameter_mm": d, "volume_mm3": round(np.pi / 6 * d**3, 1), "side": nodule.side, "lobe": nodule.lobe, "note": "planted in the phantom",
-             "solid_diameter_mm": nodule.core_diameter_mm or None,
-             "growth": {"relation": "matched", "prior_study_uid": "2.25.1", "interval_days": 180, "prior_volume_mm3": round(np.pi / 6 * (0.9 * d)**3, 1),
-                        "prior_mean_diameter_mm": round(0.9 * d, 1), "volume_doubling_days": round(180 * np.log(2) / np.log(0.9**-3))} if k == 1 else None}
-    known = kind.__dataclass_fields__
-    return _with(kind(**{name: value for name, value in facts.items() if name in known}), **{n: v for n, v in facts.items() if n not in known})
-
-
-def _with(record, **fields):
-    """The record with in-memory fields, also those that its class does not declare."""
-    for name, value in fields.items():
-        object.__setattr__(record, name, value)
-    return record
+    ball = [round(float(np.pi / 6 * size**3), 1) for size in (d, 0.9 * d)]
+    growth = {"relation": "matched", "prior_study_uid": "2.25.1", "interval_days": 180, "prior_volume_mm3": ball[1], "prior_mean_diameter_mm": round(0.9 * d, 1),
+              "volume_doubling_days": round(float(180 * np.log(2) / np.log(0.9**-3)))}
+    return Finding("nodule", nodule.kind, score=round(0.97 - 0.06 * k, 2), slice=z, centroid_mm=tuple(nodule.centroid_mm), long_axis_mm=d, short_axis_mm=d, mean_diameter_mm=d,
+                   volume_mm3=ball[0], side=nodule.side, lobe=nodule.lobe, note="planted in the phantom", solid_diameter_mm=nodule.core_diameter_mm or None,
+                   growth=growth if k == 1 else None)
