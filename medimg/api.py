@@ -235,19 +235,19 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #0eaa288b
+# %% ../nbs/foundations/api.ipynb #e504376c
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
     Parameters
     ----------
-    run_or_bundle : str or Path
-        Run folder, bundle folder or file, or the name of a shipped bundle.
+    run_or_bundle : str, Path or Bundle
+        Run folder, bundle folder or file, or the name of a shipped bundle; or an opened one.
 
     Returns
     -------
     (Predictor, dict)
-        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks; else None), `trained_on` (checksum), `seed`, `version`.
+        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks a number, multilabel ones a list; else None), `trained_on` (checksum), `seed`, `version`.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def load_predictor(run_or_bundle):
     >>> load_predictor("pneumonia")[1]["classes"]                                           # doctest: +SKIP
     ['normal', 'pneumonia']
     """
-    folder = Path(run_or_bundle)
+    folder = Path(getattr(run_or_bundle, "path", run_or_bundle))
     if (folder / "run.json").is_file():
         from medimg.data.preprocess import Preprocessor
         from medimg.models.networks import load_model
@@ -269,9 +269,10 @@ def load_predictor(run_or_bundle):
         predictor = KerasPredictor(load_model(folder / "model.keras"), Preprocessor.load(folder / "preprocess.json"), run.classes, run.task)
         return predictor, {"name": run.name, "dataset": run.dataset["name"], "task": run.task, "classes": list(run.classes), "threshold": run.threshold,
                            "trained_on": run.dataset["checksum"], "seed": run.seed, "version": None}
-    bundle = load_bundle(run_or_bundle)
+    bundle = run_or_bundle if hasattr(run_or_bundle, "manifest") else load_bundle(run_or_bundle)
     m = bundle.manifest
-    threshold = (m["thresholds"] or {}).get(m["classes"][1]) if m["task"] == "binary" else None
+    cuts = m["thresholds"] or {}
+    threshold = cuts.get(m["classes"][1]) if m["task"] == "binary" else [cuts.get(c, 0.5) for c in m["classes"]] if m["task"] == "multilabel" else None
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
@@ -331,14 +332,14 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
         result["card"] = _write_card(folder, result, *made, part, getattr(predictor, "manifest", None))
     return result
 
-# %% ../nbs/foundations/api.ipynb #4243b6cb
+# %% ../nbs/foundations/api.ipynb #3bbc0bd9
 def _who_answers(run_or_bundle):
     """(predictor, facts, None) of a run or bundle; (None, facts, answers) of a file of answers."""
     if not str(run_or_bundle).endswith(".npz"):
         return *load_predictor(run_or_bundle), None
     from medimg.evaluation.answers import read_answers
     given = read_answers(run_or_bundle)
-    facts = {"name": given["name"], "dataset": None, "task": given["kind"], "classes": None, "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
+    facts = {"name": given["name"], "dataset": None, "task": {"points": "detection"}.get(given["kind"], given["kind"]), "classes": None, "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
     return None, facts, given
 
 
@@ -415,7 +416,7 @@ def _about_model(result, manifest):
                   "licence of the code": manifest["licence"]["code"], "licence of the data": manifest["licence"]["data"], "cite": manifest["licence"]["citation"]}
     return facts
 
-# %% ../nbs/foundations/api.ipynb #0f9f0fa9
+# %% ../nbs/foundations/api.ipynb #6a397093
 def _is_set(dataset, checksum):
     """Whether a training with this checksum had these images: all of them, without those in a later fold, or, as in a search, without the test fold too."""
     from medimg.data.datasets import drop_shared, select
@@ -429,7 +430,7 @@ def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
     from medimg.data.datasets import dataset_info, find_dataset
     from medimg.data.scans import MADE_HERE
-    kept = _noted_data(run_or_bundle) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
+    kept = _noted_data(getattr(run_or_bundle, "path", run_or_bundle)) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
     if name not in (None, kept["name"], facts["dataset"]):
         kept = {"name": name, "data": "auto", "n": None, "seed": 0}
     data = kept["data"] if data == "auto" else data
