@@ -239,6 +239,27 @@ def test_signature_files_with_parts_missing(folder, change):
     refused(folder)
 
 
+def test_signature_files_with_any_part_replaced(folder):
+    """Six hundred well-formed JSON files that differ from the true one in a field: each is refused, or the field was not signed and says the same."""
+    rng, good = np.random.default_rng(0), (folder / "model.sig").read_text()
+    values = [None, 1, -1, 0.5, True, "x", "", [], [1], {}, {"a": "b"}, "0" * 64, "A" * 5000]
+    for _ in range(600):
+        found = spot = json.loads(good)
+        while True:
+            keys = list(spot) if isinstance(spot, dict) else list(range(len(spot)))
+            key = keys[rng.integers(len(keys))]
+            if isinstance(spot[key], (dict, list)) and spot[key] and rng.random() < 0.8:
+                spot = spot[key]
+                continue
+            break
+        spot[key] = values[rng.integers(len(values))]
+        (folder / "model.sig").write_text(json.dumps(found))
+        try:
+            assert Bundle.load(folder).signer.name == "author" and key in ("tlogEntries", "keyid", "timestampVerificationData"), (key, spot[key])
+        except SignatureError:
+            pass
+
+
 def test_links_folders_and_names(folder, tmp_path):
     real = tmp_path / "real.sig"
     shutil.move(folder / "model.sig", real)
