@@ -1,8 +1,10 @@
 """The model card: page, Markdown and JSON say the same; a bundle, and answers of classifiers, segmentations and detectors, go through one door."""
 import json
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,3 +221,88 @@ def test_holes_and_missing_truth_are_refused(tmp_path):
 def test_a_chart_needs_columns_of_one_length():
     with pytest.raises(ConfigError, match="different lengths"):
         chart("t", "x", "y", {"a": {"x": [0, 1], "y": [0]}})
+
+
+def no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def folder_is_a_file(monkeypatch):
+    Path("cards").write_text("in the way")
+
+
+def folder_is_read_only(monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+
+
+@pytest.mark.parametrize("trouble, match", [(no_matplotlib, "matplotlib is not installed.*medimg\\[course\\]"), (folder_is_a_file, "no card can be written"), (folder_is_read_only, "permission denied")])
+@pytest.mark.parametrize("what", ["answers", "bundle"])
+def test_what_a_card_needs_is_checked_before_a_test_fold_is_read(trouble, match, what, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    dataset = toy()
+    source = answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids, p=np.full((120, 2), 0.5)) if what == "answers" else "phantom-cxr"
+    monkeypatch.setattr(ImageDataset, "split", lambda *_: pytest.fail("a fold was touched"))
+    trouble(monkeypatch)
+    with pytest.raises(ConfigError, match=match):
+        medimg.evaluate(source, dataset, log=tmp_path / "log", card=tmp_path / "cards", progress=False)
+    assert not (tmp_path / "log").exists()
+
+
+def test_without_matplotlib_there_are_figures_but_no_card(monkeypatch, tmp_path):
+    dataset = toy()
+    file = answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids, p=np.full((120, 2), 0.5))
+    no_matplotlib(monkeypatch)
+    assert medimg.evaluate(file, dataset, n_boot=20, log=tmp_path / "log", progress=False)["metrics"]["auc"]["value"] == 0.5
+
+
+class Model:
+    """A model that has nothing but answers, and says how often it was asked."""
+
+    manifest = {"name": "m", "version": "1", "created": "2026-01-01", "digest": "0" * 64, "classes": ["healthy", "ill"], "task": "binary", "thresholds": {"ill": 0.5},
+                "training": {"dataset": "toy", "checksum": None, "seed": 0, "commit": None}, "population": {"description": "nobody"}, "research_use": "research use, not a medical device",
+                "input": {"shape": [24, 24, 1], "modality": None}, "licence": {"code": "Apache-2.0", "data": "none", "citation": "none"}}
+
+    def __init__(self, **changes):
+        self.manifest, self.asked = self.manifest | changes, []
+
+    def predict(self, images):
+        self.asked.append(len(images))
+        p = np.asarray(images, float).reshape(len(images), -1).mean(axis=1)
+        p = (p - p.min()) / (np.ptp(p) or 1)
+        return np.stack([1 - p, p], axis=1)
+
+
+def test_model_and_answers_take_one_path_and_are_measured_once(monkeypatch, tmp_path):
+    from medimg import api
+    from medimg.evaluation import questions as q
+    dataset, model, calls = toy(), Model(), []
+    monkeypatch.setattr(api, "load_bundle", lambda _: model)
+    monkeypatch.setattr(q, "evaluate_classification", lambda *args, plain=q.evaluate_classification, **options: calls.append(1) or plain(*args, **options))
+    asked = medimg.evaluate("a-bundle", dataset, n_boot=60, log=tmp_path / "log", card=tmp_path / "model", progress=False)
+    assert len(calls) == 1 and model.asked[0] == 120
+    file = answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids, p=Model().predict(dataset.images), threshold=0.5)
+    given = medimg.evaluate(file, dataset, n_boot=60, log=tmp_path / "log", card=tmp_path / "file", progress=False)
+    assert len(calls) == 2 and asked["metrics"] == given["metrics"] and given["test_reads"] == 2
+    cards = [same(tmp_path / name)[0]["sections"] for name in ("model", "file")]
+    assert [s for s in cards[0] if s["key"] != "breaks"] == cards[1]
+
+
+@pytest.mark.parametrize("task, shape", [("segmentation", [64, 64, 1]), ("detection", [16, 32, 32, 1])])
+def test_a_bundle_that_draws_or_finds_goes_the_same_way(task, shape, monkeypatch, tmp_path):
+    from medimg import api
+    truth = np.zeros((24, 24, 24), np.uint8)
+    truth[:, 4:14, 4:16] = 1
+    drawn = toy(24, task=task, masks=truth, boxes=np.full((24, 1, 4), (4.0, 4.0, 14.0, 16.0)))
+    model = Model(task=task, classes=["Background", "healthy", "ill"], thresholds={}, input={"shape": shape, "modality": None})
+    located = type(sys)("medimg.deployment.located")
+    located.fold_answers = lambda bundle, part: {"name": "m", "version": "1", "threshold": None, "task": task, "image_ids": part.image_ids, "kind": task} | (
+        {"masks": part.masks} if task == "segmentation" else {"boxes": part.boxes[:, 0], "scores": np.ones(24), "rows": np.arange(24)})
+    monkeypatch.setitem(sys.modules, "medimg.deployment.located", located)
+    monkeypatch.setattr(api, "load_bundle", lambda _: model)
+    result = medimg.evaluate("a-bundle", drawn, n_boot=20, log=tmp_path / "log", card=tmp_path / "out", progress=False)
+    card, _ = same(tmp_path / "out")
+    assert result["metrics"]["dice" if task == "segmentation" else "cpm"]["value"] == 1 and card["model"]["takes"].startswith("any, ")
+    assert ("(z, y, x, channels)" if task == "detection" else "(y, x, channels)") in card["model"]["takes"]
+    with pytest.raises(DatasetError, match="classes"):
+        model.manifest["classes"] = ["background", "nodule"]
+        medimg.evaluate("a-bundle", drawn, n_boot=20, log=tmp_path / "log", progress=False)

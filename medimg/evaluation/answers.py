@@ -6,8 +6,9 @@
 __all__ = ['MOST_BYTES', 'KINDS', 'read_answers', 'write_answers', 'matched', 'attributes_of', 'judge_answers', 'about_data',
            'card_points']
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #bad83a84
+# %% ../../nbs/evaluation/10b_answers.ipynb #ca7c7295
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def read_answers(path) -> dict:
     Returns
     -------
     dict
-        `kind`, `image_ids`, `name`, `version`, `threshold` (None where not given), and the arrays of its kind.
+        `kind`, `image_ids`, `name`, `version`, `threshold`, `task` (None where not given), and the arrays of its kind.
 
     Raises
     ------
@@ -54,7 +55,7 @@ def read_answers(path) -> dict:
     values, seen = np.unique(ids, return_counts=True)
     if (seen > 1).any():
         raise ConfigError(f"{values[seen > 1][0]} is answered {seen.max()} times", path=path, remedy="give one answer an image")
-    facts = {name: parts.pop(name).item() if name in parts and parts[name].size == 1 else None for name in ("name", "version", "threshold")}
+    facts = {name: parts.pop(name).item() if name in parts and parts[name].size == 1 else None for name in ("name", "version", "threshold", "task")}
     _fit(parts, KINDS[kinds[0]], len(ids), path)
     return {"kind": KINDS[kinds[0]], "image_ids": ids, **facts, "name": str(facts["name"] or path.stem), **parts}
 
@@ -144,7 +145,7 @@ def matched(given: dict, part) -> np.ndarray:
                            remedy="answer every image of the fold; ids are those of dataset.image_ids")
     return np.array([row[name] for name in part.image_ids.tolist()])
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #51bc71e5
+# %% ../../nbs/evaluation/10b_answers.ipynb #7a3bec2d
 def attributes_of(part) -> dict:
     """What the data set says about the people and the images, as columns for `subgroup_table`.
 
@@ -173,7 +174,7 @@ def attributes_of(part) -> dict:
 
 
 def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tuple:
-    """Figures and sections of a card for answers to the images of a fold.
+    """Figures of answers to the images of a fold, and a function that makes the sections of a card from them.
 
     Parameters
     ----------
@@ -186,15 +187,16 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
 
     Returns
     -------
-    (dict of str to Estimate, list of dict, list of str)
-        Figures, sections, warnings.
+    (dict of str to Estimate, callable)
+        Figures, and `sections(**model) -> (list of dict, list of str)`: sections and warnings. Where the model itself is there, and not only its answers, a
+        classifier's sections take `calibration`, `predict` and `maps` as in `medimg.evaluation.questions.classifier_sections`.
 
     Raises
     ------
     DatasetError
         When images have no answer, or the set has no truth of this kind.
     ConfigError
-        When answers are not what their kind says, or there are too few cases.
+        When answers are not what their kind says, or there are too few cases; for a classifier's figures one of each class is enough, for its sections ten.
 
     Examples
     --------
@@ -209,31 +211,31 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
         raise DatasetError(f"{part.name} has no {'masks' if given['kind'] == 'segmentation' else 'boxes'} to compare with", remedy="choose a data set of the same question")
     return (_segmented if given["kind"] == "segmentation" else _detected)(given, rows, part, n_boot, seed)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #a8a70e55
+# %% ../../nbs/evaluation/10b_answers.ipynb #440ccc4e
 def _classified(given, rows, part, n_boot, seed):
     from medimg.evaluation.questions import Answers, classifier_sections
-    task = part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass"
-    a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
-    return a.estimates, *classifier_sections(a, attributes=attributes_of(part), images=part.images)
+    task = given["task"] or (part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass")
+    a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed, least=1)
+    return a.estimates, partial(classifier_sections, a, attributes=attributes_of(part), images=part.images)
 
 
 def _segmented(given, rows, part, n_boot, seed):
-    from medimg.evaluation import questions
     from medimg.evaluation.metrics import Estimate
+    from medimg.evaluation.questions import measure_masks, segmentation_sections
     masks, truths = given["masks"][rows] > 0, part.masks > 0
-    found = questions._measured_masks(masks, truths, groups=part.patient_ids, n_boot=n_boot)
-    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, *questions._segmented(found, masks, truths, images=part.images, ids=part.image_ids)
+    found = measure_masks(masks, truths, groups=part.patient_ids, n_boot=n_boot)
+    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, partial(segmentation_sections, found, masks, truths, images=part.images, ids=part.image_ids)
 
 
 def _detected(given, rows, part, n_boot, seed):
-    from medimg.evaluation import questions
     from medimg.evaluation.precision import match_boxes
+    from medimg.evaluation.questions import detection_sections, measure_marks
     matches = []
     for i, row in enumerate(rows):
         own, truth = given["rows"] == row, part.boxes[i][np.isfinite(part.boxes[i]).all(axis=-1)]
         matches.append(match_boxes(given["boxes"][own], given["scores"][own], truth))
-    found = questions._measured_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
-    return found, *questions._detected(found, matches, part.image_ids)
+    found = measure_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    return found, partial(detection_sections, found, matches, ids=part.image_ids)
 
 # %% ../../nbs/evaluation/10b_answers.ipynb #e378c8d2
 def about_data(part, result: dict) -> dict:

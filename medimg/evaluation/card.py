@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD_VERSION', 'CHECKLIST', 'tidy', 'table', 'chart', 'section', 'checklist', 'make_card', 'card_json', 'draw_chart',
-           'render_html', 'render_markdown', 'write_card']
+           'render_html', 'render_markdown', 'write_card', 'card_folder']
 
 # %% ../../nbs/evaluation/10_model_card.ipynb #396921c9
 import html
@@ -394,7 +394,7 @@ def render_html(card: dict) -> str:
             + f'<nav aria-label="Contents"><ul>{links}</ul></nav><section id="model"><h2>What it is</h2>{_facts_html(card["model"])}</section><section id="data"><h2>What it was judged on</h2>{_facts_html(card["data"])}</section>'
             + "".join(map(_section_html, card["sections"])) + points + "</main></body></html>\n")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #67159427
+# %% ../../nbs/evaluation/10_model_card.ipynb #5bee25ef
 def render_markdown(card: dict) -> str:
     """The card as Markdown for a repository: facts, sentences, tables and the checklist; charts are named and left to the page.
 
@@ -457,6 +457,41 @@ def write_card(card: dict, folder) -> dict:
     ['MODEL_CARD.md', 'card.html', 'card.json']
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"markdown": ("MODEL_CARD.md", render_markdown(card)), "html": ("card.html", render_html(card)), "json": ("card.json", card_json(card))}
     return {kind: write_atomic(folder / name, text) for kind, (name, text) in texts.items()}
+
+# %% ../../nbs/evaluation/10_model_card.ipynb #dd0444e0
+def card_folder(folder) -> Path:
+    """The folder of a card that is to be made, checked before anything is measured: it can be written to, and figures can be drawn.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if it is not there.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ConfigError
+        When the folder is a file, cannot be made or written to, or matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> card_folder(Path(tempfile.mkdtemp()) / "new").is_dir()
+    True
+    """
+    import tempfile
+
+    from medimg.plots import use_style
+    use_style()
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"no card can be written here ({(error.strerror or 'not possible').lower()})", path=folder, remedy="name a folder that can be written to") from error
+    return folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'WIDE', 'Answers', 'skill', 'cut', 'meaning', 'silence', 'breaks', 'whom', 'errors', 'why',
-           'classifier_sections', 'segmentation_sections', 'detection_sections']
+           'classifier_sections', 'measure_masks', 'segmentation_sections', 'measure_marks', 'detection_sections']
 
 # %% ../../nbs/evaluation/10a_questions.ipynb #7d6536d7
 import warnings
@@ -27,7 +27,7 @@ from .uncertainty import risk_coverage
 #: Fewer cases of a class than this: nothing is printed. An interval of the main figure wider than `WIDE`: a banner.
 LEAST, WIDE = 10, 0.2
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #2ceaa30e
+# %% ../../nbs/evaluation/10a_questions.ipynb #d78eb75e
 @dataclass(frozen=True, eq=False)
 class Answers:
     """What a classifier answered, beside the truth.
@@ -49,11 +49,13 @@ class Answers:
         Names of the images, for the list of errors.
     n_boot, seed : int
         Resamples and their seed.
+    least : int
+        Fewer cases of a class are refused.
 
     Raises
     ------
     ConfigError
-        For lengths that differ, labels outside the classes, probabilities that do not add up to 1, a class with fewer than ten cases.
+        For lengths that differ, labels outside the classes, probabilities that do not add up to 1, a class with too few cases.
 
     Examples
     --------
@@ -70,11 +72,13 @@ class Answers:
     ids: tuple | None = None
     n_boot: int = 2000
     seed: int = 0
+    least: int = LEAST
 
     def __post_init__(self):
         y, p = np.asarray(self.y), np.asarray(self.p, float)
         p = np.stack([1 - p, p], axis=1) if p.ndim == 1 else p
         _checked(y, p, self.classes, {"patient ids": self.groups, "names": self.ids})
+        _enough(y, self.classes, self.least)
         object.__setattr__(self, "y", y.astype(int))
         object.__setattr__(self, "p", p)
         object.__setattr__(self, "threshold", 0.5 if self.threshold is None else float(self.threshold))
@@ -94,7 +98,7 @@ class Answers:
         """What every interval of these answers is made with."""
         return {"groups": self.groups, "n_boot": self.n_boot, "seed": self.seed}
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #07d499e2
+# %% ../../nbs/evaluation/10a_questions.ipynb #b9782236
 def _checked(y, p, classes, columns):
     """Refuse what cannot be judged."""
     if wrong := [name for name, column in columns.items() if column is not None and len(column) != len(y)]:
@@ -106,8 +110,12 @@ def _checked(y, p, classes, columns):
     proper = np.isfinite(p).all(axis=1) & (p >= 0).all(axis=1) & (np.abs(np.nan_to_num(p, posinf=2).sum(axis=1) - 1) <= 1e-4)
     if not proper.all():
         raise ConfigError(f"{int((~proper).sum())} of {len(p)} rows are no probabilities that add up to 1", remedy="give probabilities, not logits")
+
+
+def _enough(y, classes, least):
+    """Refuse a class with too few cases."""
     counts = np.bincount(y, minlength=len(classes))
-    if (counts < LEAST).any():
+    if (counts < least).any():
         few = int(counts.argmin())
         raise ConfigError(f"{counts[few]} cases of {classes[few]!r}: too few to say anything", remedy=f"at least {LEAST} of each class, and better a hundred")
 
@@ -433,7 +441,7 @@ def _judged(a, cam, images, truths, rows):
     say = f"In {found['model']['pointing'].value:.0%} of {len(rows)} images the map's peak lies in the lesion; by chance {found['model']['chance']:.1%}, by an edge detector {found['edge detector']['pointing'].value:.0%}."
     return [table("Maps against the drawn lesions", ["map", "figure", "value", "low", "high", "n"], lines)], [say]
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #9ac3b7b4
+# %% ../../nbs/evaluation/10a_questions.ipynb #15fd5287
 def classifier_sections(a: Answers, *, attributes=None, images=None, calibration=None, predict=None, maps=None) -> tuple:
     """Every section that can be filled from what is given.
 
@@ -456,12 +464,18 @@ def classifier_sections(a: Answers, *, attributes=None, images=None, calibration
     (list of dict, list of str)
         Sections, and warnings for the frame at the top.
 
+    Raises
+    ------
+    ConfigError
+        For a class with fewer than ten cases.
+
     Examples
     --------
     >>> parts, warnings = classifier_sections(Answers(np.tile([0, 1], 60), np.tile([0.2, 0.7, 0.6, 0.8], 30), ("no", "yes"), n_boot=50))
     >>> [part["key"] for part in parts], warnings
     (['skill', 'cut', 'meaning', 'silence', 'errors'], [])
     """
+    _enough(a.y, a.classes, LEAST)
     first, framed = skill(a)
     binary = a.task == "binary"
     flat = images is not None and (np.ndim(images) == 3 or (np.ndim(images) == 4 and np.shape(images)[-1] == 3))
@@ -469,9 +483,9 @@ def classifier_sections(a: Answers, *, attributes=None, images=None, calibration
              *([breaks(a, predict, images)] if predict is not None and flat else []), *([why(a, maps[0], images, maps[1])] if maps and flat else []), errors(a, images if flat else None)]
     return parts, framed
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #dfcfcae5
-def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images=None, ids=None, n_boot: int = 1000) -> tuple:
-    """The sections of a segmentation.
+# %% ../../nbs/evaluation/10a_questions.ipynb #d4980a91
+def measure_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot: int = 1000) -> dict:
+    """The figures of a segmentation of ten cases or more.
 
     Parameters
     ----------
@@ -481,16 +495,13 @@ def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images
         As in `evaluate_segmentation`; without it distances are in pixels.
     groups : array, (n,), optional
         Patient ids.
-    images : uint8 array (n, y, x), optional
-        For the gallery.
-    ids : sequence of str, optional
-        Names of the cases.
     n_boot : int
         Resamples.
 
     Returns
     -------
-    (list of dict, list of str)
+    dict
+        As from `medimg.evaluation.surfaces.evaluate_segmentation`.
 
     Raises
     ------
@@ -501,24 +512,43 @@ def segmentation_sections(masks, truths, *, spacing_mm=None, groups=None, images
     --------
     >>> truth = np.zeros((12, 9, 9), bool)
     >>> truth[:, 2:6, 2:6] = True
-    >>> parts, _ = segmentation_sections(np.roll(truth, 1, axis=2), truth, n_boot=20)
-    >>> [part["key"] for part in parts], parts[0]["tables"][0]["rows"][0][:2]
-    (['overlap', 'size', 'errors'], ['dice', 0.75])
+    >>> measure_masks(np.roll(truth, 1, axis=2), truth, n_boot=20)["dice"].value
+    0.75
     """
-    found = _measured_masks(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
-    return _segmented(found, masks, truths, spacing_mm=spacing_mm, images=images, ids=ids)
-
-# %% ../../nbs/evaluation/10a_questions.ipynb #e1715e97
-def _measured_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot=1000):
-    """`evaluate_segmentation`, of ten cases or more."""
     from medimg.evaluation.surfaces import evaluate_segmentation
     if len(masks) < LEAST:
         raise ConfigError(f"{len(masks)} cases: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
     return evaluate_segmentation(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
 
+# %% ../../nbs/evaluation/10a_questions.ipynb #90c565d7
+def segmentation_sections(found: dict, masks, truths, *, spacing_mm=None, images=None, ids=None) -> tuple:
+    """The sections of a segmentation.
 
-def _segmented(found, masks, truths, *, spacing_mm=None, images=None, ids=None):
-    """The sections of `segmentation_sections`, from what `evaluate_segmentation` found."""
+    Parameters
+    ----------
+    found : dict
+        As from `measure_masks` of the same masks.
+    masks, truths, spacing_mm
+        As there.
+    images : uint8 array (n, y, x), optional
+        For the gallery.
+    ids : sequence of str, optional
+        Names of the cases.
+
+    Returns
+    -------
+    (list of dict, list of str)
+        Sections, and warnings for the frame at the top.
+
+    Examples
+    --------
+    >>> truth = np.zeros((12, 9, 9), bool)
+    >>> truth[:, 2:6, 2:6] = True
+    >>> moved = np.roll(truth, 1, axis=2)
+    >>> parts, _ = segmentation_sections(measure_masks(moved, truth, n_boot=20), moved, truth)
+    >>> [part["key"] for part in parts], parts[0]["tables"][0]["rows"][0][:2]
+    (['overlap', 'size', 'errors'], ['dice', 0.75])
+    """
     names, cases, unit = [_name(ids, i, "case") for i in range(len(masks))], found["cases"], "mm" if spacing_mm is not None else "pixels"
     estimates = {k: e for k, e in found.items() if isinstance(e, Estimate)}
     reading = [f"Mean Dice {found['dice']} over {len(masks)} cases; {found['missed']} cases were missed altogether, in {found['invented']} something was drawn where nothing is.",
@@ -546,24 +576,20 @@ def _outlined(image, truth, mask):
         picture[inside & ~core] = colour
     return picture
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #9e0cad6a
-def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed: int = 0) -> tuple:
-    """The sections of a detector.
+# %% ../../nbs/evaluation/10a_questions.ipynb #2f994a17
+def measure_marks(parts, **boots) -> dict:
+    """The figures of a detector, from ten lesions or more.
 
     Parameters
     ----------
     parts : sequence of Match
-        One a scan or image, as from `medimg.evaluation.precision.match_boxes`.
-    groups : array, (n,), optional
-        Patient ids.
-    ids : sequence of str, optional
-        Names of the scans.
-    n_boot, seed : int
-        Resamples and their seed.
+        One a scan or image, as from `medimg.evaluation.precision.match_boxes` or `medimg.evaluation.detection.match_points`.
+    **boots
+        `groups`, `n_boot`, `seed`, `sizes_mm`, `edges_mm` as in `medimg.evaluation.precision.evaluate_detection`.
 
     Returns
     -------
-    (list of dict, list of str)
+    dict of str to Estimate
 
     Raises
     ------
@@ -572,24 +598,39 @@ def detection_sections(parts, *, groups=None, ids=None, n_boot: int = 1000, seed
 
     Examples
     --------
-    >>> parts, _ = detection_sections([([0.9, 0.2], [0.5]), ([0.8], [])] * 10, n_boot=20)
-    >>> [part["key"] for part in parts]
-    ['found', 'errors']
+    >>> measure_marks([([0.9, 0.2], [0.5]), ([0.8], [])] * 10, n_boot=20)["alarms"].value
+    0.5
     """
-    return _detected(_measured_marks(parts, groups=groups, n_boot=n_boot, seed=seed), parts, ids)
-
-# %% ../../nbs/evaluation/10a_questions.ipynb #d7486688
-def _measured_marks(parts, **boots):
-    """`evaluate_detection`, of ten lesions or more."""
     from medimg.evaluation.precision import evaluate_detection
     lesions = sum(len(part[0]) for part in parts)
     if lesions < LEAST:
         raise ConfigError(f"{lesions} lesions: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
     return evaluate_detection(parts, **boots)
 
+# %% ../../nbs/evaluation/10a_questions.ipynb #084ed3e7
+def detection_sections(found: dict, parts, *, ids=None) -> tuple:
+    """The sections of a detector.
 
-def _detected(found, parts, ids=None):
-    """The sections of `detection_sections`, from what `evaluate_detection` found."""
+    Parameters
+    ----------
+    found : dict
+        As from `measure_marks` of the same parts.
+    parts : sequence of Match
+        One a scan or image.
+    ids : sequence of str, optional
+        Names of the scans.
+
+    Returns
+    -------
+    (list of dict, list of str)
+        Sections, and warnings for the frame at the top.
+
+    Examples
+    --------
+    >>> parts = [([0.9, 0.2], [0.5]), ([0.8], [])] * 10
+    >>> [part["key"] for part in detection_sections(measure_marks(parts, n_boot=20), parts)[0]]
+    ['found', 'errors']
+    """
     from medimg.evaluation.detection import froc_curve
     curve, lesions = froc_curve(parts), np.array([len(part[0]) for part in parts])
     names = [_name(ids, i, "scan") for i in range(len(parts))]
