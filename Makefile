@@ -14,8 +14,9 @@ NOTEBOOKS ?=
 SUBJECT ?= *
 FUZZ_SECONDS ?= 600
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 FACTS := settings.ini setup.py pyproject.toml
-BASE := $(VENV)/.medimg-base
+DEMO := $(VENV)/.medimg-demo
 DEV := $(VENV)/.medimg-dev
 
 # Both installers take exactly the locked files, checked by their hashes; the lock is complete, so nothing is resolved.
@@ -33,8 +34,8 @@ help:  ## this list
 
 setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 4 GB)
 
-demo: $(BASE)  ## set up the small base, then diagnose an embedded radiograph and read a CT (offline)
-	@$(VENV)/bin/medimg demo
+demo: $(DEMO)  ## set up the part without TensorFlow, then screen an invented patient's CT and read a radiograph (offline)
+	@$(VENV)/bin/medimg demo $(DEMO_ARGS)
 
 test: $(DEV)  ## everything that CI runs; what needs a missing tool or data set is left out by name (PYTEST_ARGS="-k dicom")
 	@mkdir -p artefacts
@@ -99,7 +100,7 @@ sizes: $(DEV)  ## measure the installed size of every extra into results/install
 clean:  ## remove what can be made again; .venv and runs/ stay
 	@rm -rf artefacts build dist demo _site _proc .quarto .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find medimg nbs tests tools -name __pycache__ -prune -exec rm -rf {} + ; find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
-	@rm -f $(BASE) $(DEV)
+	@rm -f $(DEMO) $(DEV)
 
 # --- the environment -------------------------------------------------------------------------------------------------
 $(VENV)/pyvenv.cfg:
@@ -124,10 +125,10 @@ define install
 	  && echo "Set up in $$(( $$(date +%s) - start )) s."
 endef
 
-$(BASE): locks/base.txt $(FACTS) | $(VENV)/pyvenv.cfg
-	$(call install,base,about 0.6 GB)
+$(DEMO): locks/demo.txt $(FACTS) | $(VENV)/pyvenv.cfg
+	$(call install,demo,about 0.8 GB)
 	@touch $@
 
 $(DEV): locks/dev.txt $(FACTS) | $(VENV)/pyvenv.cfg
 	$(call install,dev,about 4 GB)
-	@touch $(BASE) $@
+	@touch $(DEMO) $@
