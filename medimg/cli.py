@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'data_app', 'runs_app', 'bundle_app', 'AllowUnsigned', 'KeyFile', 'trust_app',
            'scan', 'read', 'volume_facts', 'write_volume', 'data_list', 'data_info', 'data_fetch', 'data_check',
-           'data_sheet', 'data_leaks', 'deidentify', 'train', 'tune', 'evaluate', 'metrics_text', 'reproduce',
-           'runs_list', 'runs_compare', 'runs_plot', 'update', 'bundle_list', 'bundle_inspect', 'bundle_verify',
-           'bundle_diff', 'bundle_sign', 'bundle_encrypt', 'bundle_decrypt', 'bundle_build', 'trust_init', 'trust_add',
-           'trust_list', 'trust_remove', 'predict', 'report', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
+           'data_sheet', 'data_leaks', 'deidentify', 'train', 'tune', 'evaluate', 'explain', 'explained_text',
+           'metrics_text', 'reproduce', 'runs_list', 'runs_compare', 'runs_plot', 'update', 'bundle_list',
+           'bundle_inspect', 'bundle_verify', 'bundle_diff', 'bundle_sign', 'bundle_encrypt', 'bundle_decrypt',
+           'bundle_build', 'trust_init', 'trust_add', 'trust_list', 'trust_remove', 'predict', 'report', 'answers_text',
+           'demo', 'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #31a5cacf
 import json
@@ -327,6 +328,46 @@ def evaluate(run_or_bundle: Annotated[str, typer.Argument(help="Run folder, bund
     from medimg import api
     result = api.evaluate(run_or_bundle, dataset, split=split, data=data, n=n, n_boot=n_boot, progress=False, card=card)
     _say(result, metrics_text(result) + (f"\ncard: {result['card']['html']}" if card else ""), as_json)
+
+# %% ../nbs/foundations/cli.ipynb #1bbc46f4
+@app.command()
+def explain(model: Annotated[str, typer.Argument(help="Run folder, bundle folder, or the name of a shipped bundle; a classifier of images.")],
+            image: Annotated[Path, typer.Argument(help="One picture, as for predict.")],
+            method: Annotated[str, typer.Option(help="cam or occlusion; of a run folder also grad_cam, saliency, smooth_grad, integrated_gradients.")] = "cam",
+            target: Annotated[str | None, typer.Option(help="Class; default: of two the second, else the most probable.")] = None,
+            out: Annotated[Path, typer.Option(help="The .png file.")] = Path("explained.png"), as_json: AsJson = False):
+    """Draw over a picture where the score of a class comes from; prints the peak and the share of the hottest region."""
+    from medimg import api
+    result = api.explain(model, image, method=method, target=target, out=out)
+    _say(result, explained_text(result), as_json)
+
+
+def explained_text(result: dict) -> str:
+    """The result of `explain` for people.
+
+    Parameters
+    ----------
+    result : dict
+        From `medimg.explain`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> text = explained_text({"model": {"name": "m", "version": "1"}, "class": "ill", "probability": 0.9, "method": "cam", "peak_yx": [3, 4], "share": 0.5,
+    ...                        "region_yx": [1, 2, 5, 6], "picture": "a.png", "note": "a note", "research_use": "research use"})
+    >>> "peak at row 3, column 4" in text and "holds 50 %" in text
+    True
+    """
+    head = f"{result['model']['name']} {result['model']['version'] or ''}".strip() + f": P({result['class']}) {result['probability']:.3f}, {result['method']}"
+    if result["peak_yx"] is None:
+        where = f"nothing in the picture speaks for {result['class']}"
+    else:
+        y0, x0, y1, x1 = result["region_yx"]
+        where = f"peak at row {result['peak_yx'][0]}, column {result['peak_yx'][1]}; the hottest region, rows {y0} to {y1} and columns {x0} to {x1}, holds {100 * result['share']:.0f} % of the map"
+    return "\n".join([head, where, f"picture: {result['picture']}", f"{result['note']}; {result['research_use']}"])
 
 # %% ../nbs/foundations/cli.ipynb #0d2375e8
 def metrics_text(result: dict) -> str:
