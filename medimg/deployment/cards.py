@@ -217,7 +217,7 @@ def _measuring(p, lang):
         return []
     return [say("voxel", lang, **{k: f"{s:.2g}" for k, s in zip("zyx", p.volume.spacing_mm)})]
 
-# %% ../../nbs/deployment/05g_cards.ipynb #571a9d6b
+# %% ../../nbs/deployment/05g_cards.ipynb #f3b81374
 def advice(prediction: Prediction, lang: str = "en") -> list:
     """The recommendations of a prediction for the page: guideline texts as they are, everything around them in the language.
 
@@ -229,7 +229,7 @@ def advice(prediction: Prediction, lang: str = "en") -> list:
     Returns
     -------
     list of dict
-        `title`, `rule`, `state`, `kind` (for colours), `category`, `text`, `finding`, `used` and `missing` (texts), `reason`, `note`.
+        `title`, `rule`, `source`, `state`, `kind` (for colours), `category`, `text`, `finding`, `used` and `missing` (texts), `reason`, `note`.
 
     Examples
     --------
@@ -244,7 +244,7 @@ def _advised(r, lang):
     where = say("finding_n", lang, n=r["finding"] + 1) if r.get("finding") is not None else ""
     note = say("for_clinician", lang) if r.get("note") in (None, say("for_clinician")) else r["note"]
     status = r.get("status", "")
-    return {"title": f"{r.get('guideline', '')}, {r.get('edition', '')}".strip(", "), "rule": say("rule", lang, rule=r.get("rule", "–"), source=r.get("source", "–")),
+    return {"title": f"{r.get('guideline', '')}, {r.get('edition', '')}".strip(", "), "rule": say("rule", lang, rule=r.get("rule", "–")), "source": r.get("source") or "–",
             "state": say(status, lang) if status in ("applies", "not applicable", "not assessable") else status, "kind": status.replace(" ", "-"), "category": r.get("category"),
             "text": r.get("text", ""), "finding": where, "used": used, "missing": say("list", lang).join(r.get("inputs_missing") or ()), "reason": r.get("reason"), "note": note}
 

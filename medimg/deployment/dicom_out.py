@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINDING_CODES', 'KINDS', 'finding_code', 'measurements_of', 'structured_report', 'possible_kinds', 'write_dicom']
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #fd90b427
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #2d066f39
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,9 @@ def finding_code(label: str) -> tuple:
 
 
 def _private(meaning):
+    meaning = _short(meaning)
     value = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in meaning.lower()).split())
-    return (value[:16].strip("-") or "other"), _OURS, meaning[:64] or "other"
+    return (value[:16].strip("-") or "other"), _OURS, meaning
 
 # %% ../../nbs/deployment/05b_dicom_out.ipynb #ecfd619c
 def _kit():
@@ -103,7 +104,7 @@ def _qualities(finding):
     rows = [("Kind of finding", finding.type), ("Comparison with prior", (finding.growth or {}).get("relation"))]
     return [hd.sr.QualitativeEvaluation(code(_private(name)), code(_private(plain(value)))) for name, value in rows if value]
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #a4f9f254
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #64fc62bd
 def _ring(finding, headers):
     """A circle of the mean diameter around the centroid in the plane of the slices, (n, 3) mm."""
     right, down = np.array(headers[0].ImageOrientationPatient, float).reshape(2, 3)
@@ -117,7 +118,7 @@ def _finding_group(finding, k, headers, shared, seg, number):
     """One finding as a measurement group with its place."""
     hd, _, code = _kit()
     sr = hd.sr
-    facts = {"tracking_identifier": sr.TrackingIdentifier(uid=shared["stamp"].uid("finding", k), identifier=_short(f"{finding.label} {k}")), "finding_type": code(finding_code(finding.label)),
+    facts = {"tracking_identifier": sr.TrackingIdentifier(uid=shared["stamp"].uid("finding", k), identifier=_short(f"{_short(finding.label)[:56]} {k}")), "finding_type": code(finding_code(finding.label)),
              "algorithm_id": shared["algorithm"], "finding_sites": _sites(finding), "measurements": _measured(finding) or None, "qualitative_evaluations": _qualities(finding)}
     if seg is not None and number is not None and len(headers) > 1:
         whole = sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, number, source_series=sr.SourceSeriesForSegmentation(headers[0].SeriesInstanceUID))

@@ -218,7 +218,7 @@ def maker() -> dict:
         number = "0"
     return {"manufacturer": "medimg", "manufacturer_model_name": "medimg", "software_versions": number, "device_serial_number": "1"}
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #afff3851
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #3ea2858e
 def segments_of(prediction) -> dict:
     """Name, label in the mask and codes of what a prediction outlines, by segment number.
 
@@ -244,15 +244,15 @@ def segments_of(prediction) -> dict:
 
 def _segment_name(p, k):
     if p.task == "segmentation":
-        return plain(str((p.classes or ())[k])) if k < len(p.classes or ()) else f"class {k}"
-    return f"{plain(p.findings[k - 1].label)} {k}" if k <= len(p.findings) else f"finding {k}"
+        return _short((p.classes or ())[k]) if k < len(p.classes or ()) else f"class {k}"
+    return _short(f"{_short(p.findings[k - 1].label)[:56]} {k}") if k <= len(p.findings) else f"finding {k}"
 
 
 def _codes(name):
     try:
         return segment_code(name)
     except ConfigError:
-        return ("49755003", "SCT", "Morphologically Abnormal Structure"), (hashlib.sha256(name.encode()).hexdigest()[:12], _OURS, name[:64])
+        return ("49755003", "SCT", "Morphologically Abnormal Structure"), (hashlib.sha256(name.encode()).hexdigest()[:12], _OURS, _short(name))
 
 
 def segmentation(prediction, headers, stamp: Stamp):
@@ -289,7 +289,7 @@ def segmentation(prediction, headers, stamp: Stamp):
     hd, mask = _highdicom(), on_sources(prediction.mask, prediction, headers)
     parts = segments_of(prediction)
     made = hd.AlgorithmIdentificationSequence(_short(prediction.model["name"]), hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"), _short(prediction.model["version"]))
-    described = [hd.seg.SegmentDescription(number, name[:64], *(hd.sr.CodedConcept(*code) for code in codes), "AUTOMATIC", made, tracking_uid=stamp.uid("finding", label), tracking_id=name[:64])
+    described = [hd.seg.SegmentDescription(number, name, *(hd.sr.CodedConcept(*code) for code in codes), "AUTOMATIC", made, tracking_uid=stamp.uid("finding", label), tracking_id=name)
                  for number, (name, label, codes) in parts.items()]
     pixels = np.stack([mask == label for _, label, _ in parts.values()], -1).astype(np.uint8)
     ds = _built(hd.seg.Segmentation, headers, pixels, "BINARY", described, series_instance_uid=stamp.uid("series", "seg"), series_number=9801, sop_instance_uid=stamp.uid("seg"),
@@ -298,7 +298,8 @@ def segmentation(prediction, headers, stamp: Stamp):
 
 
 def _short(text):
-    return plain(str(text))[:64] or "unnamed"
+    """One line of at most 64 characters without a backslash, which separates values in DICOM (VR LO)."""
+    return " ".join(plain(str(text)).replace("\\", "/").split())[:64].strip() or "unnamed"
 
 
 def _built(kind, *args, **fields):

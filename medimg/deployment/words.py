@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LANGUAGES', 'WORDS', 'LIMITS', 'TERMS', 'SENTENCES', 'say', 'column', 'term', 'translated', 'plain']
 
-# %% ../../nbs/deployment/05a_words.ipynb #f57e597b
+# %% ../../nbs/deployment/05a_words.ipynb #692cd0f2
 import re
 
 from ..errors import ConfigError, nearest
@@ -17,7 +17,7 @@ WORDS = {
     "research_use": ("Research use, not a medical device", "仅供研究使用，非医疗器械"),
     "no_care": ("No result on this page may guide the care of a patient.", "本页任何结果均不得用于指导患者诊疗。"),
     "not_for_diagnosis": ("NOT FOR DIAGNOSIS", "不得用于诊断"),
-    "skip": ("Skip to the results", "跳到结果"), "made": ("Made", "生成时间"), "with": ("With", "软件"), "model": ("Model", "模型"),
+    "skip": ("Skip to the results", "跳到结果"), "made": ("Made", "时间"), "with": ("With", "软件"), "model": ("Model", "模型"),
     "studies": ("{n} studies: {counts}", "{n} 个检查：{counts}"), "overview": ("Overview of studies", "检查总览"), "study": ("Study", "检查"),
     "result": ("Result", "结果"), "probability": ("Probability", "概率"), "note": ("Note", "备注"),
     "outlines": ("Outlines", "轮廓"), "truth": ("planted truth", "已知真值"), "region": ("region that moved the score", "影响得分的区域"),
@@ -36,7 +36,7 @@ WORDS = {
     "origin_unverified": ("not verified", "未核验"), "origin_signed": ("signature verified", "签名已核验"), "none": ("none", "无"),
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #a7d55d58
+# %% ../../nbs/deployment/05a_words.ipynb #653f85a6
 WORDS |= {
     "findings": ("Findings", "发现"), "n_findings": ("Findings: {n}", "发现：{n} 处"), "no_findings": ("No findings", "未见发现"), "number": ("No.", "序号"),
     "type": ("Type", "类型"), "score": ("Score", "得分"),
@@ -53,12 +53,12 @@ WORDS |= {
     "recommendations": ("Recommendations", "建议"), "for_clinician": ("for the clinician's decision", "供临床医生决定"),
     "guideline_text": ("Texts of guidelines stand in the guideline's language.", "指南条文保留指南原文语言。"),
     "applies": ("applies", "适用"), "not applicable": ("not applicable", "不适用"), "not assessable": ("not assessable", "无法评估"),
-    "rule": ("rule {rule}, {source}", "规则 {rule}，{source}"), "used": ("Used", "所用信息"), "missing": ("Missing", "缺少信息"), "reason": ("Reason", "原因"),
+    "rule": ("rule {rule}", "规则 {rule}"), "used": ("Used", "所用信息"), "missing": ("Missing", "缺少信息"), "reason": ("Reason", "原因"),
     "identity": ("Identity of the model", "模型标识"), "name": ("Name", "名称"), "version": ("Version", "版本"), "digest": ("Digest (SHA-256)", "摘要（SHA-256）"),
     "origin": ("Origin", "来源"), "signature": ("Signature", "签名"), "page": ("page {a} of {b}", "第 {a} 页，共 {b} 页"),
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #49fc32f3
+# %% ../../nbs/deployment/05a_words.ipynb #3f87b3c3
 WORDS |= {
     "p_words": ("Of 100 answers like this one on patients like those of the calibration images, about {right} are right and {wrong} are wrong.",
                 "在与校准图像相似的患者中，每 100 个这样的回答约有 {right} 个正确，{wrong} 个错误。"),
@@ -71,8 +71,8 @@ WORDS |= {
     "set_none": ("At the stated level no class fits: the picture is unusual for the model.", "在所声明的水平上没有类别符合：该图像对模型而言不寻常。"),
     "no_set": ("The model states no prediction set: which other classes remain possible is not known.", "模型未给出预测集合：尚有哪些类别可能，无从得知。"),
     "level": ("Level of the set: {percent} % of such sets hold the right class.", "集合的水平：此类集合有 {percent} % 包含正确类别。"),
-    "not_said": ("It is neither the severity of the disease nor the probability in another population, and other diseases were not looked for.",
-                 "它既不是疾病的严重程度，也不是其他人群中的概率；其他疾病未作检查。"),
+    "not_said": ("These numbers are neither the severity of the disease nor a probability in another population; other diseases were not looked for.",
+                 "这些数字既不表示疾病的严重程度，也不是其他人群中的概率；其他疾病未作检查。"),
     "found": ("Marked places: {n}. A score puts them in order; it is not the probability of cancer.", "已标出 {n} 处。得分只用于排序，不是癌症的概率。"),
     "found_none": ("Nothing was marked. Small or faint lesions can be missed: this is not a statement of health.", "未标出任何部位。小或淡的病灶可能被漏掉：这并不表示健康。"),
     "voxel": ("Sizes are measured on voxels of {z} × {y} × {x} mm (z, y, x): a difference of less than one voxel is no growth.",
