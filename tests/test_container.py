@@ -14,7 +14,6 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import locks  # noqa: E402
-import sbom  # noqa: E402
 from test_packaging import closure  # noqa: E402
 
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDE', 'THREATS', 'Threat', 'threat_table']
 
-# %% ../../nbs/deployment/05g_threats.ipynb #164c0cd8
-from collections import Counter
+# %% ../../nbs/deployment/05g_threats.ipynb #bb64ea3e
 from dataclasses import dataclass
 
 from ..errors import ConfigError, nearest
