@@ -767,7 +767,7 @@ def _promoted(champion, out, mix, result, new, population):
                            population={**people, **(population or {})}, metrics={**about, **metrics}, training=training, training_ids={*champion.seen, *mix.meta["training_ids"]})
     return {"name": bundle.name, "version": bundle.version, "digest": bundle.digest}
 
-# %% ../nbs/foundations/api.ipynb #83e09d51
+# %% ../nbs/foundations/api.ipynb #ffb30efe
 def load_bundle(name_or_path):
     """A model bundle, verified before anything in it is used.
 
@@ -796,8 +796,10 @@ def load_bundle(name_or_path):
     return Bundle.load(name_or_path)
 
 
-def predict(bundle, paths, *, progress: bool = True) -> list:
+def predict(bundle, paths, *, context=None, prior=None, progress: bool = True) -> list:
     """Answer images or studies with a bundle; what lies outside its population is refused, with reasons.
+
+    Findings in a scan are measured and come with what guidelines recommend, for the clinician's decision.
 
     Parameters
     ----------
@@ -805,6 +807,10 @@ def predict(bundle, paths, *, progress: bool = True) -> list:
         As in `load_bundle`.
     paths : path or list of paths
         DICOM files, folders or zips, PNG, JPEG, NIfTI, `.npy`.
+    context : dict or PatientContext, optional
+        What is known of the patient, see `medimg.deployment.recommend.PatientContext`; for example `{"age_years": 61, "screening": True}`.
+    prior : path or list of paths, optional
+        An earlier scan of the same patient, for the growth of what was found.
     progress : bool
         Show a progress bar on stderr.
 
@@ -823,24 +829,24 @@ def predict(bundle, paths, *, progress: bool = True) -> list:
     >>> predict("pneumonia", get_testdata_file("CT_small.dcm"))[0].status
     'refused'
     """
-    from medimg.deployment.predict import predict as answer
+    from medimg.deployment.study import assess
     bundle = bundle if hasattr(bundle, "manifest") else load_bundle(bundle)
-    return answer(bundle, paths, progress=progress)
+    return assess(bundle, paths, context=context, prior=prior, progress=progress)
 
 
 def report(predictions, path, *, title: str = "medimg report", **options) -> Path:
-    """Write answers as one self-contained HTML page.
+    """Write answers as one self-contained page, HTML or PDF by the ending.
 
     Parameters
     ----------
     predictions : list of Prediction
         From `predict`.
     path : str or Path
-        The `.html` file.
+        The `.html` or `.pdf` file.
     title : str
         Its heading.
     **options
-        As in `medimg.deployment.report.write_report`, for example `sections`.
+        As in `medimg.deployment.report.write_report`, for example `lang="zh"`, `sections`.
 
     Returns
     -------
