@@ -14,8 +14,9 @@ NOTEBOOKS ?=
 SUBJECT ?= *
 FUZZ_SECONDS ?= 600
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 FACTS := settings.ini setup.py pyproject.toml
-BASE := $(VENV)/.medimg-base
+DEMO := $(VENV)/.medimg-demo
 DEV := $(VENV)/.medimg-dev
 
 # Both installers take exactly the locked files, checked by their hashes; the lock is complete, so nothing is resolved.
@@ -25,7 +26,7 @@ else
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
 endif
 
-.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz soak lint locks sizes clean
+.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz soak lint sbom container locks sizes clean
 
 help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
@@ -33,8 +34,8 @@ help:  ## this list
 
 setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 4 GB)
 
-demo: $(BASE)  ## set up the small base, then diagnose an embedded radiograph and read a CT (offline)
-	@$(VENV)/bin/medimg demo
+demo: $(DEMO)  ## set up the part without TensorFlow, then screen an invented patient's CT and read a radiograph (offline)
+	@$(VENV)/bin/medimg demo $(DEMO_ARGS)
 
 test: $(DEV)  ## everything that CI runs; what needs a missing tool or data set is left out by name (PYTEST_ARGS="-k dicom")
 	@mkdir -p artefacts
@@ -81,6 +82,15 @@ lint: $(DEV)  ## ruff, the locks against settings.ini, and known vulnerabilities
 	    if grep -qE "Found [1-9][0-9]* known vulnerabilit" artefacts/pip-audit.txt; then exit 1; fi; \
 	  else exit $$status; fi
 
+sbom: $(DEV)  ## the bill of materials (CycloneDX) of a deployed service into artefacts/sbom.cdx.json (offline)
+	@$(PY) tools/sbom.py
+
+container: $(DEV)  ## build the container of the service from the lock (needs podman or docker, and a network)
+	@$(PY) tools/sbom.py --requirements artefacts/serve.txt
+	@engine=$$(command -v podman || command -v docker) || { \
+	  echo "container: neither podman nor docker is installed. Remedy: install one of them; the Containerfile says how to run the result."; exit 1; }; \
+	  "$$engine" build --file Containerfile --tag medimg .
+
 locks: $(DEV)  ## make locks/ and environment.yml again after a change of settings.ini (network)
 	@$(PY) tools/locks.py
 
@@ -90,7 +100,7 @@ sizes: $(DEV)  ## measure the installed size of every extra into results/install
 clean:  ## remove what can be made again; .venv and runs/ stay
 	@rm -rf artefacts build dist demo _site _proc .quarto .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find medimg nbs tests tools -name __pycache__ -prune -exec rm -rf {} + ; find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
-	@rm -f $(BASE) $(DEV)
+	@rm -f $(DEMO) $(DEV)
 
 # --- the environment -------------------------------------------------------------------------------------------------
 $(VENV)/pyvenv.cfg:
@@ -115,10 +125,10 @@ define install
 	  && echo "Set up in $$(( $$(date +%s) - start )) s."
 endef
 
-$(BASE): locks/base.txt $(FACTS) | $(VENV)/pyvenv.cfg
-	$(call install,base,about 0.6 GB)
+$(DEMO): locks/demo.txt $(FACTS) | $(VENV)/pyvenv.cfg
+	$(call install,demo,about 0.8 GB)
 	@touch $@
 
 $(DEV): locks/dev.txt $(FACTS) | $(VENV)/pyvenv.cfg
 	$(call install,dev,about 4 GB)
-	@touch $(BASE) $@
+	@touch $(DEMO) $@

@@ -6,7 +6,7 @@ The names below load on first use, so that `import medimg` costs nothing. This f
 _PUBLIC = {
     "scan": "data.dicom", "deidentify": "data.deidentify", "Volume": "data.volume", "Preprocessor": "data.preprocess",
     "ImageDataset": "data.datasets", "load_dataset": "data.datasets", "build_model": "models.networks", "list_models": "models.costs", "MedimgError": "errors",
-    "read": "api", "train": "api", "tune": "api", "evaluate": "api", "reproduce": "reproduction", "update": "api", "load_bundle": "api", "predict": "api", "report": "api",
+    "read": "api", "train": "api", "tune": "api", "evaluate": "api", "explain": "api", "reproduce": "reproduction", "update": "api", "load_bundle": "api", "predict": "api", "report": "api",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

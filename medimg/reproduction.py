@@ -160,7 +160,7 @@ def _checked_update(r, profile, data, seed, n):
         raise ConfigError("update ships only the whole recipe", remedy="leave profile full, data real, and seed and n at their defaults")
     return _checkout()
 
-# %% ../nbs/foundations/reproduction.ipynb #c8b5c3b8
+# %% ../nbs/foundations/reproduction.ipynb #3f1a339f
 #: Bundles that say where: module of the experiment, its training, its packing, and what it is.
 LOCATED = {"phantom-nodules": ("screening", "screening_detector", "nodule_bundle", "nodules in CT of phantoms, four ways of scanning (about 25 min)"),
            "phantom-lungs": ("outline", "lung_outliner", "lung_bundle", "lungs on radiographs of phantoms (about 3 min)")}
@@ -178,8 +178,7 @@ def _located(name, *, out, profile, seed, n, update, progress, log):
         raise ConfigError("update ships only the whole recipe", remedy="leave profile full, and seed and n at their defaults")
     home, before, chapter = _checkout() if update else None, environment(), import_module(f"medimg.experiments.{module}")
     made = getattr(chapter, train)(Run(name, out / "run", profile, (seed,), progress=progress), seed=seed)
-    getattr(chapter, pack)(made, out / "bundle", seed=seed)
-    tested = evaluate(out / "bundle", n=n or _FEW.get(profile), log=home / "results" / "test_reads.jsonl" if home else log, progress=False)
+    tested = evaluate(getattr(chapter, pack)(made, out / "bundle", seed=seed), n=n or _FEW.get(profile), log=home / "results" / "test_reads.jsonl" if home else log, progress=False)
     figures = {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]}
     bundle = getattr(chapter, pack)(made, out / "bundle", metrics=figures, seed=seed)
     result = {"name": name, "command": f"medimg reproduce {name}", "profile": profile, "seed": seed, "dataset": {"name": tested["dataset"], "checksum": tested["checksum"]},
@@ -193,7 +192,7 @@ def _located(name, *, out, profile, seed, n, update, progress, log):
     return result
 
 
-_FEW = {"ci": 12, "course": 24}          # images that are made for a rehearsal
+_FEW = {"ci": 60, "course": 60}          # images that are made for a rehearsal; ten of them are the least that can be judged
 
 # %% ../nbs/foundations/reproduction.ipynb #b2cacfbe
 def reproducible() -> list:

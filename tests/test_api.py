@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -157,3 +158,52 @@ def test_the_kept_errors_are_one_line_in_a_real_process(no_data):
     code = "from medimg.cli import main; main(['evaluate', 'pneumonia'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "MEDIMG_DATA" in done.stderr
+
+
+def test_explain_draws_what_the_methods_say(run, tmp_path):
+    from medimg.evaluation.explain import grad_cam
+    from medimg.models.networks import load_model
+    dataset = api._load("phantom-cxr", "phantom", 48)
+    picture = dataset.images[dataset.labels == 1][0]
+    found = {method: api.explain(run, picture, method=method, out=tmp_path / f"{method}.png") for method in ("cam", "grad_cam", "occlusion", "saliency", "integrated_gradients", "smooth_grad")}
+    predictor, _ = api.load_predictor(run)
+    heat = grad_cam(load_model(run / "model.keras"), predictor.preprocessor.batch(picture[None]), 1)[0]
+    peak = found["grad_cam"]["peak_yx"]
+    assert peak is None or np.abs(np.array(peak) - np.unravel_index(heat.argmax(), heat.shape)).max() <= 1
+    for method, told in found.items():
+        drawn = cv2.imread(str(tmp_path / f"{method}.png"))
+        assert drawn.shape == (256, 512, 3) and (drawn[::4, :256:4, 0] == picture).all()
+        if told["share"] is not None:
+            y0, x0, y1, x1 = told["region_yx"]
+            assert 0 < told["share"] <= 1 and y0 <= y1 <= 64 and (drawn[:, 256:] != drawn[:, :256]).any()
+    assert found["cam"]["probability"] == pytest.approx(predictor.predict(picture[None])[0, 1]) and "not judged" not in found["cam"]["research_use"]
+
+
+def test_explain_of_a_bundle_agrees_with_its_prediction_and_refuses_with_it(tmp_path):
+    from medimg.cli import explained_text
+    dataset = api._load("phantom-cxr", "phantom", 48)
+    ill = [i for i in dataset.images if (a := api.predict("phantom-cxr", i, progress=False)[0]).status == "answered" and a.label == dataset.classes[1]]
+    answer = api.predict("phantom-cxr", ill[0], progress=False)[0]
+    told = api.explain("phantom-cxr", ill[0], out=tmp_path / "a.png")
+    assert told["peak_yx"] == answer.explanation["peak_yx"] and told["share"] == answer.findings[0].score and told["probability"] == pytest.approx(answer.probability[dataset.classes[1]])
+    assert "peak at row" in explained_text(told) and "research use" in explained_text(told)
+    covered = api.explain("phantom-cxr", ill[0], method="occlusion", out=tmp_path / "b.png", size=12)
+    y0, x0, y1, x1 = covered["region_yx"]
+    darker = ill[0].copy()
+    darker[y0:y1, x0:x1] = int(ill[0].mean())
+    bundle, _ = api.load_predictor("phantom-cxr")
+    assert bundle.run(darker[None])["logits"][0, 0] < bundle.run(ill[0][None])["logits"][0, 0]
+    healthy = api.explain("phantom-cxr", ill[0], target=dataset.classes[0], out=tmp_path / "c.png")
+    assert healthy["class"] == dataset.classes[0] and healthy["probability"] == pytest.approx(1 - told["probability"])
+    with pytest.raises(MedimgError, match="no answer to explain"):
+        api.explain("phantom-cxr", np.zeros((64, 64), np.uint8), out=tmp_path / "d.png")
+    assert not (tmp_path / "d.png").exists()
+
+
+@pytest.mark.parametrize("options, match", [({"method": "grad_cam"}, "name a run folder"), ({"method": "gradcam"}, "one of cam, occlusion"), ({"target": "hernia"}, "no class"), ({"target": 7}, "no class"), ({"size": 3}, "cam has no option")])
+def test_what_cannot_be_explained_is_refused(options, match, tmp_path):
+    dataset = api._load("phantom-cxr", "phantom", 48)
+    with pytest.raises(ConfigError, match=match):
+        api.explain("phantom-cxr", dataset.images[dataset.labels == 1][0], out=tmp_path / "a.png", **options)
+    with pytest.raises(ConfigError, match="says itself where"):
+        api.explain("phantom-lungs", dataset.images[0], out=tmp_path / "a.png")

@@ -35,7 +35,7 @@ def mistake(*arguments, cwd=None, words=(), env=None):
 
 def test_every_command_has_help():
     top = medimg("--help", check=0).stdout
-    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "predict", "report", "demo", "doctor", "deidentify"):
+    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "trust", "predict", "report", "demo", "doctor", "deidentify"):
         assert verb in top
         assert "--help" in medimg(verb, "--help", check=0).stdout
 
@@ -265,7 +265,13 @@ def test_demo_is_complete_and_quick_enough_to_love(tmp_path):
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     by = {(a["model"]["name"], a["status"]) for a in summary["answers"]}
     assert ("phantom-cxr", "answered") in by and ("pneumonia", "refused") in by
-    first = summary["answers"][0]
+    first = next(a for a in summary["answers"] if a["model"]["name"] == "phantom-cxr")
     assert first["label"] == first["classes"][1], "the planted opacity was not called"
+    assert sum(bool(row["planted"] and row["found"] and row["planted"][0] == row["found"][0]) for row in summary["screening"]) >= 2, "planted nodules were not found and typed"
+    lung_rads = [r for a in summary["answers"] for r in a["recommendations"] if r["guideline"] == "ACR Lung-RADS"]
+    assert lung_rads[0]["status"] == "applies" and lung_rads[0]["category"].startswith("4")
+    for path in summary["archive"]:
+        if path.endswith(".dcm"):
+            assert "Error" not in subprocess.run(["dciodvfy", "-new", path], capture_output=True, text=True).stderr
     assert summary["heat_map"]["share_inside"] > summary["heat_map"]["lesion_share"], "the heat map points no better than chance"
     assert "research use" in (tmp_path / "demo" / "report.html").read_text().lower()

@@ -145,7 +145,7 @@ def test_every_pin_has_hashes_and_no_address(name):
 
 def test_lock_check_sees_what_is_wrong(tmp_path, monkeypatch):
     """A requirement that the lock does not hold, a pin without hash, an index address and a changed environment are all named."""
-    for name in ("settings.ini", "pyproject.toml", "environment.yml", "locks/base.txt", "locks/dev.txt"):
+    for name in ("settings.ini", "pyproject.toml", "environment.yml", "locks/base.txt", "locks/demo.txt", "locks/dev.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     base = tmp_path / "locks" / "base.txt"

@@ -120,7 +120,7 @@ def test_no_patient_identity():
 
 
 def test_refusals(tmp_path):
-    for call in (lambda: write_report(tmp_path / "r.html", []), lambda: write_report(tmp_path / "r.pdf", records())):
+    for call in (lambda: write_report(tmp_path / "r.html", []), lambda: write_report(tmp_path / "r.txt", records()), lambda: write_report(tmp_path / "r.html", records(), lang="fr")):
         with pytest.raises(ConfigError):
             call()
     with pytest.raises(ConfigError, match="1600"):

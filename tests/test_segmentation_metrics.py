@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from scipy import ndimage
+from scipy import ndimage, spatial
 from scipy.spatial.distance import cdist
 
 from medimg.data.volume import Volume, make_affine
@@ -96,7 +96,21 @@ def test_hausdorff_equals_simpleitk(name):
     a, b, spacing, _ = pair(name)
     measure = sitk.HausdorffDistanceImageFilter()
     measure.Execute(*images(a, b, spacing))
-    assert abs(surface_scores(a, b, spacing).hd - measure.GetHausdorffDistance()) <= 1e-5      # its distance map is in float32
+    assert surface_scores(a, b, spacing).hd == pytest.approx(measure.GetHausdorffDistance(), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_simpleitk_and_we_agree_with_a_k_d_tree_in_double_precision(seed):
+    """Random blobs and odd spacings: SimpleITK between the sets, we between the surfaces, both against brute force over points."""
+    rng = np.random.default_rng(seed)
+    a, b = (ndimage.gaussian_filter(rng.normal(size=(16, 20, 18)), 2.0) > 0.05 for _ in range(2))
+    spacing = tuple(rng.uniform(0.3, 5, 3))
+    measure = sitk.HausdorffDistanceImageFilter()
+    measure.Execute(*images(a, b, spacing))
+    rims = [m & ~ndimage.binary_erosion(m) for m in (a, b)]
+    for masks, value in (((a, b), measure.GetHausdorffDistance()), (rims, surface_scores(a, b, spacing).hd)):
+        p, q = (np.argwhere(m) * spacing for m in masks)
+        assert value == pytest.approx(max(spatial.cKDTree(q).query(p)[0].max(), spatial.cKDTree(p).query(q)[0].max()), rel=1e-12)
 
 
 def test_simpleitk_measures_between_sets():
@@ -108,14 +122,14 @@ def test_simpleitk_measures_between_sets():
     a, b, spacing, _ = pair("nested")
     measure = sitk.HausdorffDistanceImageFilter()
     measure.Execute(*images(a, b, spacing))
-    assert surface_scores(a, b, spacing).hd == pytest.approx(measure.GetHausdorffDistance(), abs=1e-5)
+    assert surface_scores(a, b, spacing).hd == pytest.approx(measure.GetHausdorffDistance(), rel=1e-12)
     full = ball((10, 10, 10), 9, (21, 21, 21))
     shell = full & ~ball((10, 10, 10), 5, (21, 21, 21))
     measure.Execute(*images(full, shell, spacing))
     there, back = surface_distances(full, shell, spacing)
     assert there.max() == 0 and measure.GetHausdorffDistance() > 5              # every voxel of the full ball's surface is on the shell's
     sets = ndimage.distance_transform_edt(~shell)[full].max()
-    assert measure.GetHausdorffDistance() == pytest.approx(sets, abs=1e-5) and surface_scores(full, shell).hd == back.max()
+    assert measure.GetHausdorffDistance() == pytest.approx(sets, rel=1e-12) and surface_scores(full, shell).hd == back.max()
 
 
 # ---- brute force ---------------------------------------------------------------------------------------------------------------

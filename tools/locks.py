@@ -4,7 +4,7 @@
     python tools/locks.py --upgrade       # the same with the newest versions
     python tools/locks.py --check         # offline: say what does not agree, exit 1
 
-`locks/base.txt` is `pip install medimg`; `locks/dev.txt` adds everything that the chapters and the tests use. Both hold
+`locks/base.txt` is `pip install medimg`; `locks/demo.txt` adds what `make demo` shows: reports as PDF, DICOM out, the service; `locks/dev.txt` adds everything that the chapters and the tests use. All hold
 for Linux and macOS on Python 3.11 to 3.13 and name hashes, but neither an index nor a folder of the machine they were made on.
 """
 import argparse
@@ -18,7 +18,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = {"base": ("",), "dev": ("", "train", "course", "dicomnet", "serve", "signing", "pdf", "ocr", "codecs_gpl", "ray", "dev")}
+LOCKS = {"base": ("",), "demo": ("", "dicomnet", "serve", "signing", "pdf"), "dev": ("", "train", "course", "dicomnet", "serve", "signing", "pdf", "ocr", "codecs_gpl", "ray", "dev")}
 ENVIRONMENT = ("", "train", "course", "dev")
 
 #: conda-forge's name where it is another than PyPI's.
@@ -127,7 +127,7 @@ def problems() -> list[str]:
                 found.append(f"locks/{name}.txt: no hash for {block.split()[0]}")
         found += [f"locks/{name}.txt: address or path in {line!r}" for line in text.splitlines()
                   if re.search(r"://|file:|--(extra-)?index|find-links|(^|\s)[/~]\w|@ ", line)]
-    found += [f"locks: {n} is {v} in base, {pins['dev'].get(n)} in dev" for n, v in pins["base"].items() if pins["dev"].get(n) != v]
+    found += [f"locks: {n} is {v} in {name}, {pins['dev'].get(n)} in dev" for name in ("base", "demo") for n, v in pins[name].items() if pins["dev"].get(n) != v]
     if (ROOT / "environment.yml").read_text(encoding="utf-8") != environment_text():
         found.append("environment.yml is not what tools/locks.py makes from settings.ini")
     return found
@@ -144,10 +144,10 @@ def main(argv=None) -> int:
         if not uv:
             raise SystemExit("locks: uv is not installed; remedy: make setup (it is among the dev requirements)")
         (ROOT / "locks").mkdir(exist_ok=True)
-        dev = ROOT / "locks" / "dev.txt"                 # the larger first: base takes its pins
+        dev = ROOT / "locks" / "dev.txt"                 # the largest first: the others take its pins
         dev.write_text(compile_lock(uv, "dev", upgrade=args.upgrade), encoding="utf-8")
-        base = ROOT / "locks" / "base.txt"
-        base.write_text(compile_lock(uv, "base", upgrade=args.upgrade, constraint=dev), encoding="utf-8")
+        for name in ("base", "demo"):
+            (ROOT / "locks" / f"{name}.txt").write_text(compile_lock(uv, name, upgrade=args.upgrade, constraint=dev), encoding="utf-8")
         (ROOT / "environment.yml").write_text(environment_text(), encoding="utf-8")
     found = problems()
     print("\n".join(found) or "locks and environment.yml follow from settings.ini")

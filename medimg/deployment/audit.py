@@ -102,7 +102,23 @@ class _LogEnd(_LogFile):
         record = _parsed(os.pread(handle, MAX_LINE, 0).partition(b"\n")[0] + b"\n")
         return str(record["e"].get("log", "")) if record else ""
 
-# %% ../../nbs/deployment/05e_audit.ipynb #189a8287
+# %% ../../nbs/deployment/05e_audit.ipynb #bf8be8a5
+def _chained(entries, state, torn, bare):
+    """The lines of (key, event) pairs that follow a state, with what must be said first: a new log, torn bytes."""
+    (log, number, before), key, opening = state, entries[0][0], []
+    if torn:
+        opening.append((key, {"action": "audit.recovered", "torn": len(torn), "sha256": torn_sha256(torn)}))
+    if not number:
+        log = secrets.token_hex(16)
+        opening.insert(0, (key, {"action": "audit.open", "log": log, "keyid": key_id(key)}))
+    lines = [b"\n"] if bare or (torn and not torn.endswith(b"\n")) else []
+    for signer, event in [*opening, *entries]:
+        record = _record(signer, number, event, before)
+        lines.append(_line(record))
+        number, before = number + 1, record["m"]
+    return b"".join(lines), (log, number, before)
+
+# %% ../../nbs/deployment/05e_audit.ipynb #5b5f1eaa
 class _Chain(_LogEnd):
     """Appends events to the chain."""
 
@@ -115,7 +131,7 @@ class _Chain(_LogEnd):
         try:
             with self.opened() as handle:
                 known = read_head(self.head) if isinstance(self.head, Path) and self.head.exists() else None
-                data, last = self.chained(entries, *self.state(handle, entries[0][0], known))
+                data, last = _chained(entries, *self.state(handle, entries[0][0], known))
                 self.append(handle, data)
                 stat = os.fstat(handle)
                 self.seen = stat.st_ino, stat.st_size, last
@@ -123,20 +139,6 @@ class _Chain(_LogEnd):
         except OSError as error:
             raise AuditError(f"the audit log cannot be written: {os.strerror(error.errno)}", path=self.path,
                              remedy="free some space or give access; nothing is answered until then") from error
-
-    def chained(self, entries, state, torn, bare):
-        (log, number, before), key, opening = state, entries[0][0], []
-        if torn:
-            opening.append((key, {"action": "audit.recovered", "torn": len(torn), "sha256": torn_sha256(torn)}))
-        if not number:
-            log = secrets.token_hex(16)
-            opening.insert(0, (key, {"action": "audit.open", "log": log, "keyid": key_id(key)}))
-        lines = [b"\n"] if bare or (torn and not torn.endswith(b"\n")) else []
-        for signer, event in [*opening, *entries]:
-            record = _record(signer, number, event, before)
-            lines.append(_line(record))
-            number, before = number + 1, record["m"]
-        return b"".join(lines), (log, number, before)
 
     def export(self, head):
         if isinstance(self.head, Path):
@@ -155,7 +157,42 @@ def _overwrite(path, text):
     finally:
         os.close(handle)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #d1daf6bc
+# %% ../../nbs/deployment/05e_audit.ipynb #4ab3733b
+class _Group:
+    """Events of many threads, written in turns."""
+
+    def __init__(self, commit):
+        self.commit, self.turn, self.busy, self.waiting = commit, threading.Condition(), False, []
+
+    def write(self, events):
+        ticket = {"events": events, "done": not events}
+        with self.turn:
+            self.waiting.append(ticket)
+        with self.alone(ticket) as batch:
+            if not ticket["done"]:
+                self.commit([event for t in batch for event in t["events"]])
+                for t in batch:
+                    t["done"] = True
+
+    @contextlib.contextmanager
+    def alone(self, ticket=None):
+        """Our turn, with all the tickets that wait; what is left undone goes back, for its owners to try again."""
+        with self.turn:
+            self.turn.wait_for(lambda: not self.busy or (ticket and ticket["done"]))
+            if ticket and ticket["done"]:
+                batch = None
+            else:
+                self.busy, batch = True, self.waiting if ticket else []
+                self.waiting = [] if ticket else self.waiting
+        try:
+            yield batch
+        finally:
+            if batch is not None:
+                with self.turn:
+                    self.busy, self.waiting = False, [t for t in batch if not t["done"] and t is not ticket] + self.waiting
+                    self.turn.notify_all()
+
+# %% ../../nbs/deployment/05e_audit.ipynb #991b6767
 class AuditLog:
     """An append-only log chained by HMAC-SHA-256, safe between threads and processes.
 
@@ -181,7 +218,8 @@ class AuditLog:
 
     def __init__(self, path, key, *, head=None, pseudonym_key=None):
         self.path, self._key, self._names = Path(path), _bytes(key), _bytes(pseudonym_key or key)
-        self._chain, self._turn, self._busy, self._waiting = _Chain(path, head), threading.Condition(), False, []
+        self._chain = _Chain(path, head)
+        self._group = _Group(lambda events: self._chain.commit([(self._key, event) for event in events]))
 
     def study(self, uid: str) -> str:
         """The pseudonym under which a study stands in this log.
@@ -222,27 +260,7 @@ class AuditLog:
         events : sequence of dict
             In their order.
         """
-        ticket = {"events": [checked(e) for e in events], "done": False}
-        with self._turn:
-            self._waiting.append(ticket)
-            self._turn.wait_for(lambda: ticket["done"] or not self._busy)
-            if ticket["done"]:
-                return
-            self._busy, batch, self._waiting = True, self._waiting, []
-        try:
-            entries = [(self._key, event) for t in batch for event in t["events"]]
-            if entries:
-                self._chain.commit(entries)
-            for t in batch:
-                t["done"] = True
-        finally:
-            self._leave([t for t in batch if not t["done"] and t is not ticket])
-
-    def _leave(self, undone=()):
-        """The next one's turn; the events of others that failed with ours are tried again by them."""
-        with self._turn:
-            self._busy, self._waiting = False, [*undone, *self._waiting]
-            self._turn.notify_all()
+        self._group.write([checked(e) for e in events])
 
     def rotate(self, key) -> None:
         """Go on under another key: a record under the old key announces it, one under the new key binds all that came before.
@@ -254,12 +272,8 @@ class AuditLog:
         key : str or bytes
             The new key. `verify` needs both from now on.
         """
-        with self._turn:
-            self._turn.wait_for(lambda: not self._busy)
-            self._busy = True
-        try:
-            old, new = self._key, _bytes(key)
-            self._chain.commit([(old, {"action": "audit.rotate", "keyid": key_id(new)}), (new, {"action": "audit.rotated", "keyid": key_id(old)})])
+        old, new = self._key, _bytes(key)
+        pair = [(old, {"action": "audit.rotate", "keyid": key_id(new)}), (new, {"action": "audit.rotated", "keyid": key_id(old)})]
+        with self._group.alone():
+            self._chain.commit(pair)
             self._key = new
-        finally:
-            self._leave()

@@ -6,7 +6,7 @@
 __all__ = ['MAX_LINE', 'MAX_TORN', 'FIELDS', 'AuditError', 'checked', 'key_id', 'pseudonym', 'AuditReport', 'read_head',
            'torn_sha256', 'verify']
 
-# %% ../../nbs/deployment/05j_chain.ipynb #5b1256dd
+# %% ../../nbs/deployment/05j_chain.ipynb #66173dbb
 import contextlib
 import hashlib
 import hmac
@@ -16,7 +16,6 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from .security import ROLES
 from ..errors import ConfigError, ServiceError
@@ -290,7 +289,7 @@ class _Walk:
         elif head["count"] and self.at_head != head["mac"]:
             self.problem(0, f"record {head['count'] - 1} is not the one that the head names")
 
-# %% ../../nbs/deployment/05j_chain.ipynb #5e608eec
+# %% ../../nbs/deployment/05j_chain.ipynb #58a77cab
 class _Checker(_Walk):
     """Judges line after line."""
 
@@ -333,7 +332,7 @@ class _Checker(_Walk):
             self.lost += len(self.garbage)
         self.garbage = []
 
-
+# %% ../../nbs/deployment/05j_chain.ipynb #aa15d110
 def torn_sha256(raw: bytes) -> str:
     """The hash by which a record accounts for torn bytes before it.
 
@@ -353,7 +352,7 @@ def torn_sha256(raw: bytes) -> str:
     """
     return hashlib.sha256(raw.rstrip(b"\n")).hexdigest()
 
-# %% ../../nbs/deployment/05j_chain.ipynb #be9a9eed
+# %% ../../nbs/deployment/05j_chain.ipynb #32790989
 def _lines(file):
     """Lines with their ends; one that is too long comes in pieces, none of which is a record."""
     while line := file.readline(MAX_LINE + 1):
@@ -398,7 +397,7 @@ def verify(path, key, head=None) -> AuditReport:
     --------
     >>> import tempfile
     >>> from medimg.deployment.audit import AuditLog
-    >>> path = Path(tempfile.mkdtemp()) / "audit.jsonl"
+    >>> path = tempfile.mkdtemp() + "/audit.jsonl"
     >>> AuditLog(path, "k" * 32).write({"action": "login", "actor": "dr.wu", "outcome": "ok"})
     >>> verify(path, "k" * 32).ok, verify(path, "K" * 32).ok
     (True, False)

@@ -6,7 +6,7 @@
 __all__ = ['TooManyRequests', 'RateLimiter', 'peer_key', 'Peers', 'client_ip', 'BadBody', 'BodyMeter', 'new_nonce', 'style_hash',
            'headers', 'check_origin', 'tls_context', 'check_exposure']
 
-# %% ../../nbs/deployment/05h_gate.ipynb #22af4ebf
+# %% ../../nbs/deployment/05h_gate.ipynb #bf88f89d
 import base64
 import hashlib
 import ipaddress
@@ -23,7 +23,22 @@ from ..errors import ConfigError, ServiceError
 
 
 class TooManyRequests(ServiceError):
-    """Too much, too fast: HTTP 429. `retry_after` is the whole number of seconds for the header `Retry-After`."""
+    """Too much, too fast: HTTP 429.
+
+    Parameters
+    ----------
+    what : str
+        As in every `MedimgError`.
+    retry_after : float
+        Seconds; kept as the whole number for the header `Retry-After`.
+    path, remedy
+        As in every `MedimgError`; the remedy is to wait.
+
+    Examples
+    --------
+    >>> TooManyRequests(retry_after=1.2).retry_after
+    2
+    """
 
     status, reason = 429, "rate"
 
@@ -31,7 +46,7 @@ class TooManyRequests(ServiceError):
         self.retry_after = max(1, math.ceil(retry_after))
         super().__init__(what, path=path, remedy=remedy or f"wait {self.retry_after} s")
 
-
+# %% ../../nbs/deployment/05h_gate.ipynb #9590666a
 class RateLimiter:
     """Token buckets by key, exact and in bounded memory.
 

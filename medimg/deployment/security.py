@@ -137,10 +137,10 @@ class Forbidden(ServiceError):
 
     status, reason = 403, "role"
 
-# %% ../../nbs/deployment/05d_security.ipynb #2543d1d3
+# %% ../../nbs/deployment/05d_security.ipynb #25e53f5c
 @dataclass(frozen=True)
 class Principal:
-    """Who asks.
+    """Who asks: a person or a machine that was recognised.
 
     Parameters
     ----------
@@ -168,7 +168,17 @@ class Principal:
             raise ConfigError(f"unknown role {str(self.role)[:40]!r}", remedy=nearest(str(self.role)[:40], ROLES))
 
     def may(self, action: str) -> bool:
-        """Whether the table allows it; an action that is not in the table is allowed to nobody."""
+        """Whether the table allows it; an action that is not in the table is allowed to nobody.
+
+        Parameters
+        ----------
+        action : str
+            A row of `PERMISSIONS`.
+
+        Returns
+        -------
+        bool
+        """
         return self.role in PERMISSIONS.get(action, ())
 
 

@@ -127,7 +127,7 @@ class _UserFile:
         row = self._table.rows().get(principal.name)
         return bool(row) and not row["disabled"] and row["role"] == principal.role and row["changed"] <= since
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #c853d145
+# %% ../../nbs/deployment/05f_sessions.ipynb #e2310196
 class Users(_UserFile):
     """People who sign in with a password.
 
@@ -216,7 +216,7 @@ class Users(_UserFile):
             raise error
         return Principal(name, row["role"], "session")
 
-
+# %% ../../nbs/deployment/05f_sessions.ipynb #fdec02aa
 def _argon2():
     try:
         from argon2 import PasswordHasher
@@ -308,8 +308,46 @@ class _SessionTable:
                 del self.rows[key]
         return len(gone)
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #6bd78183
-class Sessions:
+# %% ../../nbs/deployment/05f_sessions.ipynb #c17d3e0b
+class _Cookies:
+    """A session's way to the browser and back."""
+
+    def __init__(self, tls):
+        self.tls, self.cookie_name = tls, "__Host-medimg" if tls else "medimg"
+
+    def cookie(self, session: Session | None) -> str:
+        """The value of `Set-Cookie`; with None the one that removes the cookie.
+
+        Parameters
+        ----------
+        session : Session or None
+            From `start`.
+
+        Returns
+        -------
+        str
+        """
+        value, end = (session.id, "") if session else ("", "; Max-Age=0")
+        return f"{self.cookie_name}={value}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if self.tls else ''}{end}"
+
+    def id_of(self, cookie_header: str | None) -> str | None:
+        """The session id in a `Cookie` header; None when there is none, or two of them (one was planted).
+
+        Parameters
+        ----------
+        cookie_header : str or None
+            As sent by the browser.
+
+        Returns
+        -------
+        str or None
+        """
+        pairs = [part.strip().partition("=") for part in (cookie_header or "")[:8192].split(";")]
+        found = [value for name, _, value in pairs if name == self.cookie_name]
+        return found[0] if len(found) == 1 and re.fullmatch(r"[A-Za-z0-9_-]{43}", found[0]) else None
+
+# %% ../../nbs/deployment/05f_sessions.ipynb #020f1383
+class Sessions(_Cookies):
     """Who is signed in. Kept in memory only: a restart of the service signs everybody out.
 
     Parameters
@@ -340,7 +378,7 @@ class Sessions:
     def __init__(self, *, tls: bool = True, users=None, idle_s: float = 900, absolute_s: float = 8 * 3600, limit: int = 1000, per_user: int = 5,
                  clock=time.time):
         self._table, self._users, self._clock = _SessionTable(idle_s, absolute_s, limit, per_user, clock), users, clock
-        self.tls, self.cookie_name = tls, "__Host-medimg" if tls else "medimg"
+        super().__init__(tls)
 
     def start(self, principal: Principal, old: str | None = None) -> Session:
         """A new session after a login, under a new id; the one the browser brought along ends.
@@ -416,37 +454,6 @@ class Sessions:
         """
         return self._table.drop(lambda k, s: s["principal"].name != name)
 
-    def cookie(self, session: Session | None) -> str:
-        """The value of `Set-Cookie`; with None the one that removes the cookie.
-
-        Parameters
-        ----------
-        session : Session or None
-            From `start`.
-
-        Returns
-        -------
-        str
-        """
-        value, end = (session.id, "") if session else ("", "; Max-Age=0")
-        return f"{self.cookie_name}={value}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if self.tls else ''}{end}"
-
-    def id_of(self, cookie_header: str | None) -> str | None:
-        """The session id in a `Cookie` header; None when there is none, or two of them (one was planted).
-
-        Parameters
-        ----------
-        cookie_header : str or None
-            As sent by the browser.
-
-        Returns
-        -------
-        str or None
-        """
-        pairs = [part.strip().partition("=") for part in (cookie_header or "")[:8192].split(";")]
-        found = [value for name, _, value in pairs if name == self.cookie_name]
-        return found[0] if len(found) == 1 and re.fullmatch(r"[A-Za-z0-9_-]{43}", found[0]) else None
-
     def check_csrf(self, session: Session, token: str | None) -> None:
         """Refuse a request that changes something and does not carry the session's own token.
 
@@ -467,8 +474,33 @@ class Sessions:
             error.reason = "csrf"
             raise error
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #5a8d269e
-class LoginThrottle:
+# %% ../../nbs/deployment/05f_sessions.ipynb #e79d7b07
+class _Counters:
+    """How often something was tried, and how long to wait for it."""
+
+    #: kind -> free attempts, longest wait in seconds
+    RULES = {"pair": (5, 900.0), "peer": (20, 900.0), "name": (50, 60.0)}
+
+    def __init__(self, forget_s):
+        self._forget_s, self._counts = forget_s, OrderedDict()
+
+    @staticmethod
+    def _keys(name, peer):
+        name = _digest(str(name)[:200])
+        return {"pair": (name, peer), "peer": peer, "name": name}
+
+    def _fresh(self, item, now):
+        count, last = self._counts.get(item, (0, now))
+        return count if now - last < self._forget_s else 0
+
+    def _wait(self, kind, key, now):
+        count, (free, longest) = self._fresh((kind, key), now), self.RULES[kind]
+        if count < free:
+            return 0.0
+        return self._counts[kind, key][1] + min(longest, 2.0 ** (1 + min(count - free, 30))) - now
+
+# %% ../../nbs/deployment/05f_sessions.ipynb #9baaf891
+class LoginThrottle(_Counters):
     """Waiting times after wrong passwords: for a name from one address, for the address, and (short) for the name from anywhere.
 
     Parameters
@@ -489,16 +521,9 @@ class LoginThrottle:
     medimg.deployment.gate.TooManyRequests: too many attempts; wait 2 s
     """
 
-    #: kind -> free attempts, longest wait in seconds
-    RULES = {"pair": (5, 900.0), "peer": (20, 900.0), "name": (50, 60.0)}
-
     def __init__(self, *, limit: int = 30_000, forget_s: float = 3600, clock=time.monotonic):
-        self._limit, self._forget_s, self._clock, self._counts, self._lock = limit, forget_s, clock, OrderedDict(), threading.Lock()
-
-    @staticmethod
-    def _keys(name, peer):
-        name = _digest(str(name)[:200])
-        return {"pair": (name, peer), "peer": peer, "name": name}
+        super().__init__(forget_s)
+        self._limit, self._clock, self._lock = limit, clock, threading.Lock()
 
     def attempt(self, name: str, peer: str) -> None:
         """Count an attempt, before the password is looked at.
@@ -524,16 +549,6 @@ class LoginThrottle:
                 self._counts.move_to_end(item)
             while len(self._counts) > self._limit:
                 self._counts.popitem(last=False)
-
-    def _fresh(self, item, now):
-        count, last = self._counts.get(item, (0, now))
-        return count if now - last < self._forget_s else 0
-
-    def _wait(self, kind, key, now):
-        count, (free, longest) = self._fresh((kind, key), now), self.RULES[kind]
-        if count < free:
-            return 0.0
-        return self._counts[kind, key][1] + min(longest, 2.0 ** (1 + min(count - free, 30))) - now
 
     def succeeded(self, name: str, peer: str) -> None:
         """The password was right: the attempts of this name from this address are forgiven.

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'KINDS', 'read_answers', 'write_answers', 'matched', 'attributes_of', 'judge_answers', 'about_data',
-           'card_points']
+           'sheet_section', 'card_points']
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #ca7c7295
+# %% ../../nbs/evaluation/10b_answers.ipynb #a995a59c
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import ConfigError, DatasetError
 #: At most so many bytes are unpacked from a file of answers.
 MOST_BYTES = 4 << 30
 
-KINDS = {"p": "classification", "masks": "segmentation", "boxes": "detection"}
+KINDS = {"p": "classification", "masks": "segmentation", "boxes": "detection", "points": "points"}
 
 
 def read_answers(path) -> dict:
@@ -55,11 +55,12 @@ def read_answers(path) -> dict:
     values, seen = np.unique(ids, return_counts=True)
     if (seen > 1).any():
         raise ConfigError(f"{values[seen > 1][0]} is answered {seen.max()} times", path=path, remedy="give one answer an image")
-    facts = {name: parts.pop(name).item() if name in parts and parts[name].size == 1 else None for name in ("name", "version", "threshold", "task")}
+    facts = {name: str(parts.pop(name).item()) if name in parts and parts[name].size == 1 else None for name in ("name", "version", "task")}
+    facts["threshold"] = _threshold(parts.pop("threshold", None), path)
     _fit(parts, KINDS[kinds[0]], len(ids), path)
     return {"kind": KINDS[kinds[0]], "image_ids": ids, **facts, "name": str(facts["name"] or path.stem), **parts}
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #4a30d5d6
+# %% ../../nbs/evaluation/10b_answers.ipynb #3e7dd198
 def _arrays(path):
     """The arrays of an npz file within `MOST_BYTES`, without objects."""
     if not path.is_file():
@@ -74,13 +75,23 @@ def _arrays(path):
         raise ConfigError(f"no file of answers ({type(error).__name__})", path=path, remedy="write it with numpy.savez or write_answers, without objects") from error
 
 
+def _threshold(value, path):
+    """A threshold as a number, several as a list, or None."""
+    if value is None:
+        return None
+    if value.dtype.kind not in "fiu" or value.ndim > 1 or not np.isfinite(value).all():
+        raise ConfigError(f"a threshold of {str(value)[:40]}", path=path, remedy="give a number, or one a finding")
+    return float(value.item()) if value.size == 1 else value.astype(float).tolist()
+
+
 def _fit(parts, kind, n, path):
     """Refuse arrays whose lengths do not go together."""
-    if kind == "detection":
-        m = len(parts["boxes"])
-        fits = parts["boxes"].shape == (m, 4) and all(name in parts and parts[name].shape == (m,) for name in ("scores", "rows"))
-        if not fits or (m and not ((parts["rows"] >= 0) & (parts["rows"] < n)).all()):
-            raise ConfigError("boxes (m, 4) need scores (m,) and rows (m,) that count the images", path=path, remedy="see the table in the chapter on answers")
+    if kind in ("detection", "points"):
+        name, sides = ("boxes", 4) if kind == "detection" else ("points", 3)
+        m = len(parts[name])
+        fits = parts[name].shape == (m, sides) and all(column in parts and parts[column].shape == (m,) for column in ("scores", "rows"))
+        if not fits or (m and not (parts["rows"].dtype.kind in "iu" and (parts["rows"] >= 0).all() and (parts["rows"] < n).all())):
+            raise ConfigError(f"{name} (m, {sides}) need scores (m,) and rows (m,) that count the images", path=path, remedy="see the table in the chapter on answers")
     elif len(parts["p" if kind == "classification" else "masks"]) != n:
         raise ConfigError(f"{len(parts['p' if kind == 'classification' else 'masks'])} answers for {n} ids", path=path, remedy="give one answer an image")
 
@@ -95,7 +106,7 @@ def write_answers(path, *, image_ids, **arrays) -> Path:
     image_ids : sequence of str, (n,)
         As in `ImageDataset.image_ids`.
     **arrays
-        `p`, or `masks`, or `boxes`, `scores` and `rows`; `name`, `version`, `threshold`.
+        `p`, or `masks`, or `boxes`, `scores` and `rows`, or `points`, `scores`, `rows`, `kinds` and `diameters_mm`; `name`, `version`, `threshold`, `task`.
 
     Returns
     -------
@@ -145,7 +156,7 @@ def matched(given: dict, part) -> np.ndarray:
                            remedy="answer every image of the fold; ids are those of dataset.image_ids")
     return np.array([row[name] for name in part.image_ids.tolist()])
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #7a3bec2d
+# %% ../../nbs/evaluation/10b_answers.ipynb #04300c26
 def attributes_of(part) -> dict:
     """What the data set says about the people and the images, as columns for `subgroup_table`.
 
@@ -181,7 +192,7 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
     given : dict
         As from `read_answers`.
     part : ImageDataset
-        With labels, masks or boxes, as the kind of answer needs.
+        With labels, masks, boxes, or `meta["lesions"]` as from `medimg.evaluation.places.lesion_column`, as the kind of answer needs.
     n_boot, seed : int
         Resamples and their seed.
 
@@ -206,17 +217,36 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
     rows = matched(given, part)
     if given["kind"] == "classification":
         return _classified(given, rows, part, n_boot, seed)
-    truth = part.masks if given["kind"] == "segmentation" else part.boxes
+    name, truth, judge = {"segmentation": ("masks", part.masks, _segmented), "detection": ("boxes", part.boxes, _detected), "points": ("lesions in mm", (part.meta or {}).get("lesions"), _placed)}[given["kind"]]
     if truth is None:
-        raise DatasetError(f"{part.name} has no {'masks' if given['kind'] == 'segmentation' else 'boxes'} to compare with", remedy="choose a data set of the same question")
-    return (_segmented if given["kind"] == "segmentation" else _detected)(given, rows, part, n_boot, seed)
+        raise DatasetError(f"{part.name} has no {name} to compare with", remedy="choose a data set of the same question")
+    return judge(given, rows, part, n_boot, seed)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #440ccc4e
+# %% ../../nbs/evaluation/10b_answers.ipynb #de35e367
 def _classified(given, rows, part, n_boot, seed):
     from medimg.evaluation.questions import Answers, classifier_sections
-    task = given["task"] or (part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass")
+    task = given["task"] or (part.task if part.task in ("binary", "multiclass", "multilabel", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass")
+    if task == "multilabel":
+        return _several(given, rows, part, n_boot, seed)
+    if isinstance(given["threshold"], list):
+        raise ConfigError(f"{len(given['threshold'])} thresholds for a {task} task", remedy="give one number")
     a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed, least=1)
     return a.estimates, partial(classifier_sections, a, attributes=attributes_of(part), images=part.images)
+
+
+def _several(given, rows, part, n_boot, seed):
+    from medimg.evaluation.findings import Findings, findings_sections
+    a = Findings(part.labels, given["p"][rows], tuple(part.classes), given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
+    return a.estimates, lambda predict=None, **_: findings_sections(a, attributes=attributes_of(part), images=part.images, predict=predict)
+
+
+def _placed(given, rows, part, n_boot, seed):
+    from medimg.evaluation.places import Places, places_sections
+    scan = {int(row): i for i, row in enumerate(rows)}
+    own = np.flatnonzero(np.isin(given["rows"], rows))
+    marks = {name: given[name][own] if given.get(name) is not None else None for name in ("points", "scores", "kinds", "diameters_mm")}
+    a = Places(part.meta["lesions"], rows=[scan[int(row)] for row in given["rows"][own]], groups=part.patient_ids, ids=tuple(part.image_ids), n_boot=n_boot, seed=seed, **marks)
+    return a.estimates, partial(places_sections, a)
 
 
 def _segmented(given, rows, part, n_boot, seed):
@@ -237,7 +267,7 @@ def _detected(given, rows, part, n_boot, seed):
     found = measure_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
     return found, partial(detection_sections, found, matches, ids=part.image_ids)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #e378c8d2
+# %% ../../nbs/evaluation/10b_answers.ipynb #b97c68e2
 def about_data(part, result: dict) -> dict:
     """The head of a card: what the model was judged on.
 
@@ -257,20 +287,79 @@ def about_data(part, result: dict) -> dict:
     >>> about_data(dataset.split("test"), result)["images"]                                  # doctest: +SKIP
     624
     """
-    counts = np.bincount(np.asarray(part.labels, int), minlength=len(part.classes)) if np.ndim(part.labels) == 1 else []
     return {"dataset": result["dataset"], "fold": result["split"], "images": len(part), "patients": len(set(part.patient_ids.tolist())) if part.patient_ids is not None else "not known",
-            "images of each class": {str(c): int(k) for c, k in zip(part.classes, counts)}, "read from": Path(str(part.source)).name if "/" in str(part.source) else str(part.source), "checksum": result["checksum"],
+            "images of each class": {str(c): k for c, k in zip(part.classes, _counts(part))}, "read from": _place(part.source), "checksum": result["checksum"],
             "the set it was trained on": {True: "yes, another fold", False: "no", None: "not known"}[result["same_data"]], "readings of this fold on this computer": result["test_reads"] or "not counted (no test fold)",
-            "licence": part.licence or "not stated", "cite": part.citation or "not stated"} | _known_faults(result["dataset"])
+            "licence": part.licence or "not stated", "cite": part.citation or "not stated"}
 
 
-def _known_faults(name):
-    """What the registry says against the data set."""
-    from medimg.data.registry import REGISTRY
-    info = REGISTRY.get(name)
-    return {"known faults of the data": list(info.problems)} if info is not None and info.problems else {}
+def _counts(part):
+    """Images of each class; of a segmentation those in which it is drawn, of findings those in which it is present."""
+    if part.task == "segmentation" and part.masks is not None and len(part):
+        flat = np.asarray(part.masks).reshape(len(part), -1)
+        return [int((flat == k).any(axis=1).sum()) for k in range(len(part.classes))]
+    y = np.asarray(part.labels)
+    return np.bincount(y.astype(int), minlength=len(part.classes)).tolist() if y.ndim == 1 and len(y) else np.nansum(y, axis=0).astype(int).tolist() if y.ndim == 2 else []
 
 
+def _place(source):
+    """Where a set was read from, without the folders of this computer."""
+    return Path(str(source)).name if "/" in str(source) else str(source)
+
+# %% ../../nbs/evaluation/10b_answers.ipynb #bfc1c7cb
+def sheet_section(dataset) -> dict:
+    """The section "What are these images?": the data sheet of a whole set, all folds.
+
+    Parameters
+    ----------
+    dataset : ImageDataset
+        Or another set with `splits`, `classes`, `licence`, `citation`, `source` and `checksum`.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> from medimg.data.datasets import ImageDataset
+    >>> toy = ImageDataset("toy", np.zeros((2, 4, 4), "uint8"), [0, 1], ["train", "test"], classes=("a", "b"))
+    >>> sheet_section(toy)["tables"][0]["rows"]
+    [['a', 1, 0, 0], ['b', 0, 0, 1], ['images', 1, 0, 1]]
+    """
+    from medimg.data.datasets import ImageDataset
+    from medimg.data.datasheets import datasheet
+    from medimg.data.registry import SPLITS
+    from medimg.evaluation.card import section, table
+    sheet = datasheet(dataset) if isinstance(dataset, ImageDataset) else None
+    info, folds = getattr(sheet, "info", None), [int((dataset.splits == s).sum()) for s in SPLITS]
+    rows = [[c, *counts] for c, *counts in zip(dataset.classes, *(_counts(dataset.split(s)) or [0] * len(dataset.classes) for s in SPLITS))] if sheet else []
+    if dataset.patient_ids is not None:
+        rows.append(["patients", *(len(set(np.asarray(dataset.patient_ids)[dataset.splits == s].tolist())) for s in SPLITS)])
+    tables = [table("Images of each class in each fold", ["class", *SPLITS], [*rows, ["images", *folds]]), table("Facts", ["what", "value"], [*_sheet_facts(dataset, sheet, info)])]
+    for name, (v, shares) in (sheet.confounds if sheet else {}).items():
+        tables.append(table(f"Does {name} tell the class? Share of each value in each class; Cramér's V is 0 for not at all, 1 for completely", [name, *dataset.classes, "Cramér's V"],
+                            [[k, *row, v if first == 0 else None] for first, (k, row) in enumerate(shares.items())]))
+    known = [f"Known problem: {p.rstrip('.')}." for p in info.problems] if info else []
+    return section("sheet", "What are these images?", reading=known or ["No problem of these data is recorded, which is not the same as none."], tables=tables)
+
+
+def _sheet_facts(d, sheet, info):
+    """(what, value) of a data set."""
+    yield from (("task", d.task), ("licence", d.licence or "not stated"), ("cite", d.citation or "not stated"), ("read from", _place(d.source)),
+                ("official source", (info.url or info.page or "made by medimg") if info else "yours or made by medimg"), ("checksum verified", info.verified if info else "never"))
+    if sheet:
+        yield from (("pixels of an image", " × ".join(map(str, d.images.shape[1:]))), ("mean grey value", float(d.images.mean())), ("standard deviation of grey values", float(d.images.std())),
+                    ("equal images in different folds, groups", sheet.shared))
+        if d.task in ("binary", "multiclass", "ordinal"):
+            yield "right answers in the test fold if always the commonest class is named", sheet.majority
+        if d.masks is not None:
+            yield "images with a drawn truth", int((np.asarray(d.masks).reshape(len(d), -1) > 0).any(axis=1).sum())
+        if d.boxes is not None:
+            yield "boxes drawn", int(np.isfinite(d.boxes).all(axis=-1).sum())
+    if (lesions := (d.meta or {}).get("lesions")) is not None:
+        yield "lesions that count", sum(bool(one.get("relevant", True)) for scan in lesions for one in scan)
+
+# %% ../../nbs/evaluation/10b_answers.ipynb #bcaba438
 def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     """The checklist, filled from what is known.
 
@@ -302,13 +391,19 @@ def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     facts["sample_size"] = f"{len(part)} images, not planned here; the width of the intervals says what they are worth"
     facts["metrics"] = f"95 % intervals, {result['interval']}, {result['n_boot']} resamples"
     chosen = "chosen on these images" if result["split"] == "val" and result["same_data"] else "fixed before this fold was read"
-    facts["threshold"] = result["threshold"] is not None and f"{result['threshold']:.4g}, {chosen}" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
+    cuts = [result["threshold"]] if isinstance(result["threshold"], (int, float)) else result["threshold"] or []
+    facts["threshold"] = cuts and f"{', '.join(f'{cut:.4g}' for cut in cuts)}, {chosen}" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
     facts |= {"calibration": "see the section" if "meaning" in keys else "", "usefulness": "net benefit only, no outcome; see the section" if "meaning" in keys and result["task"] == "binary" else "",
               "subgroups": "see the section" if "whom" in keys else "", "failures": "listed, see the section; nobody has looked at them yet" if "errors" in keys else "",
               "robustness": "see the section" if "breaks" in keys else "", "explanations": "see the section" if any(s["key"] == "why" and s["tables"] for s in sections) else ""}
     facts["external"] = "this fold is of another set than the training" if result["same_data"] is False else ""
-    facts["licence"] = f"data: {part.licence}" if part.licence else ""
-    return checklist({k: v for k, v in (facts | (_manifest_points(manifest) if manifest else {})).items() if v})
+    facts["licence"] = f"data judged on: {part.licence}" if part.licence else ""
+    if (unknown := int(np.isnan(np.asarray(part.labels, float)).sum()) if np.ndim(part.labels) == 2 else 0):
+        facts["missing"] = f"{unknown} of {np.size(part.labels)} labels are not known and count neither way; images left out before are not known here"
+    made = _manifest_points(manifest) if manifest else {}
+    if facts["licence"] and "licence" in made:
+        made["licence"] += f"; {facts['licence']}"
+    return checklist({k: v for k, v in (facts | made).items() if v})
 
 
 def _manifest_points(m):

@@ -61,7 +61,7 @@ def tidy(value, digits: int = 4):
         return float(f"{float(value):.{digits}g}") if math.isfinite(value) else None
     raise ConfigError(f"a card cannot hold a {type(value).__name__}", remedy="give numbers, text, lists and dicts")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #f45bd780
+# %% ../../nbs/evaluation/10_model_card.ipynb #89bcca2c
 def table(caption: str, columns, rows) -> dict:
     """A table of a card.
 
@@ -94,7 +94,7 @@ def table(caption: str, columns, rows) -> dict:
     return {"caption": caption, "columns": list(columns), "rows": rows}
 
 
-def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diagonal: bool = False) -> dict:
+def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diagonal: bool = False, log: bool = False) -> dict:
     """A chart of a card, as points.
 
     Parameters
@@ -107,6 +107,8 @@ def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diago
         How it is drawn.
     diagonal : bool
         Draw the line of equality as well.
+    log : bool
+        The horizontal axis doubles from mark to mark.
 
     Returns
     -------
@@ -128,7 +130,7 @@ def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diago
         if len({len(v) for v in part.values()}) != 1:
             raise ConfigError(f"columns of different lengths in {name!r} of {title!r}", remedy="give one y, low and high for each x")
         rows.append({"name": name, **part})
-    return {"title": title, "x": x, "y": y, "kind": kind, "diagonal": bool(diagonal), "series": rows}
+    return {"title": title, "x": x, "y": y, "kind": kind, "diagonal": bool(diagonal), "log": bool(log), "series": rows}
 
 # %% ../../nbs/evaluation/10_model_card.ipynb #37bd238f
 def section(key: str, title: str, *, reading=(), tables=(), charts=(), images=()) -> dict:
@@ -305,7 +307,7 @@ def _table_html(t, folded=False) -> str:
 def _facts_html(facts) -> str:
     return "<dl>" + "".join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{_number(v)}</dd>" for k, v in facts.items()) + "</dl>"
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #4f0e587b
+# %% ../../nbs/evaluation/10_model_card.ipynb #f8a0e8b0
 def draw_chart(c: dict):
     """The picture of a chart.
 
@@ -335,6 +337,10 @@ def draw_chart(c: dict):
             low, high = (np.array([np.nan if v is None else v for v in s[k]], float) for k in ("low", "high"))
             ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0) if c["kind"] == "line" else ax.vlines(x, low, high, color=colour, lw=1.4)
     ax.set(xlabel=c["x"], ylabel=c["y"], title=c["title"])
+    if c["log"]:
+        marks = [2.0**k for k in range(-10, 11) if min(map(min, (s["x"] for s in c["series"]))) <= 2.0**k <= max(map(max, (s["x"] for s in c["series"])))]
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(marks, [f"{m:g}" if m >= 1 else f"1/{1 / m:g}" for m in marks])
     if len(c["series"]) > 1:
         ax.legend(fontsize=8)
     return plots.Picture(figure, f"{c['title']}; {c['y']} over {c['x']}: {', '.join(s['name'] for s in c['series'])}")

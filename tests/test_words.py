@@ -1,0 +1,180 @@
+"""Both languages say everything, name the same values, and nothing English is left on the Chinese page except names and units."""
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medimg.config import RESEARCH_USE
+from medimg.deployment import words
+from medimg.deployment.cards import advice, card, in_words, table, toy_advice
+from medimg.deployment.key_slices import key_slices, toy_detection
+from medimg.deployment.prediction import Finding, Prediction
+from medimg.deployment.report import render_report, volume_section
+from medimg.errors import ConfigError
+
+PLACES = re.compile(r"{(\w+)}")
+CJK = re.compile(r"[\u4e00-\u9fff]")
+
+
+@pytest.fixture(scope="module")
+def case():
+    from medimg.data.phantom import thorax_phantom
+    return thorax_phantom(1, shape=(40, 96, 96), spacing_mm=(7.5, 3.8, 3.8))
+
+
+def film(**changes):
+    grey = np.tile(np.arange(40, dtype="uint8") * 6, (40, 1))
+    base = Prediction("answered", "a.dcm", task="binary", classes=("normal", "pneumonia"), label="pneumonia", score={"pneumonia": 1.2}, probability={"normal": 0.18, "pneumonia": 0.82},
+                      threshold={"pneumonia": 0.41}, picture=grey, heat_map=grey.astype("float32") / 255, explanation={"class": "pneumonia"},
+                      model={"name": "m", "version": "1", "digest": "ab" * 32, "origin": "unsigned", "signature": None}, ood={"method": "mahalanobis", "score": 9.0, "threshold": 20.0},
+                      warnings=("unsigned bundle: its files are whole, but who made it is not proven", "the file does not state body part, view: whether the model fits could not be checked"),
+                      uncertainty={"entropy_bits": 0.6, "note": "probability calibrated by temperature on 500 validation images; it holds for patients like those, at the same share of disease"},
+                      findings=(Finding("region that moved the score", "evidence-region", score=0.7, box_yx=(1, 2, 30, 30),
+                                        note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease"),),
+                      study={"modality": "DX", "patient_age_years": 4.0, "shape": [1, 40, 40], "patient_sex": "F"})
+    return replace(base, **changes)
+
+
+def test_every_key_speaks_both_languages():
+    rows = {**words.WORDS, **{f"limit {k}": row for k, row in enumerate(words.LIMITS)}, **{f"sentence {k}": row for k, row in enumerate(words.SENTENCES)}}
+    for key, (en, zh) in rows.items():
+        assert en.strip() and zh.strip(), key
+        assert sorted(PLACES.findall(en)) == sorted(PLACES.findall(zh)), key
+        assert not CJK.search(en), key
+        bare = PLACES.sub("", zh)
+        assert CJK.search(bare) or not re.search(r"[A-Za-z]{3,}", bare), key
+    assert all(CJK.search(zh) and not CJK.search(en) for en, zh in words.TERMS.items())
+    assert words.say("research_use").lower() == RESEARCH_USE and words.say("for_clinician") == "for the clinician's decision"
+
+
+def test_refusals():
+    for call in (lambda: words.say("no such key"), lambda: words.say("made", "fr"), lambda: words.column("EN")):
+        with pytest.raises(ConfigError):
+            call()
+
+
+def test_sentences_of_other_modules_are_known(case):
+    """What the package itself writes as reason or warning is said again in Chinese, with its numbers."""
+    from medimg.data.pictures import to_uint8
+    from medimg.deployment import bundle, intake, predict
+    from medimg.deployment.manifest import example_manifest
+    manifest = example_manifest()
+    manifest = {**manifest, "input": {**manifest["input"], "modality": ["DX", "CR"], "body_part": "CHEST", "view": ["PA"]}, "population": {**manifest["population"], "age_years": [1, 5], "sex": "F"}}
+    study = intake.Study("a", np.zeros((10, 90), "uint8"), {"modality": "CT", "body_part": "HEAD", "view": "AP", "patient_age_years": 60.0, "patient_sex": "M"})
+    said = [*predict.check_scope(study, manifest)[0], *predict.check_scope(intake.Study("a", np.tile(np.arange(90, dtype="uint8"), (90, 1)), {"modality": "DX"}), manifest)[1],
+            *intake.study_of(case.volume, "a").reasons, *intake.check_range(np.array([0.0, 0.5])), *to_uint8(np.array([[1, 9]], "uint16"))[1], bundle.UNSIGNED, bundle.UNVERIFIED,
+            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(n=12, on="validation")]
+    assert len(said) > 12
+    for text in said:
+        zh, known = words.translated(text, "zh")
+        assert known and CJK.search(zh), text
+        assert set(re.findall(r"\d+", zh)) >= set(re.findall(r"\d+", text)) - {"0", "255"}, (text, zh)
+        assert words.translated(text, "en") == (text, True)
+
+
+NAMES = {"medimg", "Python", "phantom", "truth", "ct", "CT", "HU", "mm", "px", "UTC", "SHA", "logit", "DX", "ramp", "thorax", "SPL", "ms", "lang"}
+
+
+def visible_text(html):
+    """Text and spoken attributes of a page, without the parts marked as English, style and pictures."""
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        """Skips what is marked lang="en"."""
+
+        def __init__(self):
+            super().__init__(convert_charrefs=True)
+            self.stack, self.text = [], []
+
+        def handle_starttag(self, tag, attrs):
+            facts = dict(attrs)
+            if tag not in ("meta", "img", "input", "br", "rect", "line", "polygon", "path"):
+                self.stack.append((tag, facts.get("lang") == "en" or tag in ("style", "code")))
+            if not any(hidden for _, hidden in self.stack):
+                self.text += [v for k, v in attrs if k in ("alt", "aria-label", "title") and v]
+
+        def handle_endtag(self, tag):
+            if tag in [t for t, _ in self.stack]:
+                while self.stack.pop()[0] != tag:
+                    pass
+
+        def handle_data(self, data):
+            if not any(hidden for _, hidden in self.stack):
+                self.text.append(data)
+    reader = Reader()
+    reader.feed(html)
+    return reader.text
+
+
+def test_no_english_sentence_on_the_chinese_page(case):
+    scan = replace(toy_detection(case), recommendations=toy_advice())
+    none = replace(scan, findings=(), mask=None, recommendations=())
+    refused = film(status="refused", label=None, probability=None, findings=(), reasons=("age 60 years; the model was trained on 1 to 5 years", "a stack of 3 slices, not a single picture"))
+    many = [scan, none, film(), film(prediction_set=("normal", "pneumonia"), probability={"normal": 0.56, "pneumonia": 0.44}), film(prediction_set=("pneumonia",)), film(prediction_set=()), refused,
+            Prediction("error", "x.dcm", error={"type": "NotDicom", "what": "no marker", "remedy": None})]
+    html = render_report(many, sections=[volume_section(case.volume, title="胸部", window=(-600, 1500), lang="zh")], lang="zh")
+    for text in visible_text(html):
+        left = [w for w in re.findall(r"[A-Za-z][A-Za-z-]+", text) if w not in NAMES and w not in ("dcm", "RUL")]
+        assert len(left) < 2, (text, left)
+    assert '<html lang="zh-CN">' in html and "no marker" in html and 'class="orig" lang="en"' in html
+    assert words.say("guideline_text", "zh") in html and "CT again after 3 months." in html and words.say("for_clinician", "zh") in html
+
+
+def test_both_pages_say_the_same_numbers(case):
+    scan = replace(toy_detection(case), recommendations=toy_advice())
+    pages = {lang: re.sub(r"<style>.*?</style>|base64,[^\"]*|[0-9a-f]{64}", "", render_report([scan, film()], title="T", lang=lang), flags=re.S) for lang in words.LANGUAGES}
+    numbers = {lang: sorted(re.findall(r"\d+\.\d+", page)) for lang, page in pages.items()}
+    assert numbers["en"] == numbers["zh"] and len(numbers["en"]) > 30
+
+
+def test_words_fit_what_was_said():
+    said = " ".join(in_words(film()))
+    assert "about 82 are right and 18 are wrong" in said and "called from 0.41" in said and "no prediction set" in said
+    negative = in_words(film(label="normal", probability={"normal": 0.82, "pneumonia": 0.18}))
+    assert "about 82 are right" in negative[0]
+    assert any("near the threshold" in line for line in in_words(film(probability={"normal": 0.55, "pneumonia": 0.45})))
+    assert "cannot decide between: normal, pneumonia" in " ".join(in_words(film(prediction_set=("normal", "pneumonia"))))
+    assert "everything but “pneumonia” is excluded" in " ".join(in_words(film(prediction_set=("pneumonia",))))
+    assert "no class fits" in " ".join(in_words(film(prediction_set=())))
+    assert in_words(film(status="refused")) == [words.say("refusal")]
+    empty = in_words(Prediction("answered", "ct", task="detection"))
+    assert "not a statement of health" in empty[0] and not any("Marked" in line for line in empty)
+
+
+def test_table_rows():
+    finding = Finding("nodule", "part-solid", score=0.912, slice=0, centroid_mm=(1.4, -2.6, 3.0), long_axis_mm=12.34, short_axis_mm=9.0, mean_diameter_mm=10.67, volume_mm3=1234.5, side="right", lobe="RML",
+                      solid_diameter_mm=4.0, growth={"relation": "matched", "prior_study_uid": "1", "interval_days": 90, "prior_volume_mm3": 1000.0, "prior_mean_diameter_mm": 9.9, "volume_doubling_days": -5})
+    row = table(Prediction("answered", "ct", findings=(finding,)))[0]
+    assert (row["slice"], row["size"], row["mean"], row["solid"], row["score"], row["place"]) == ("1", "12.3 × 9.0", "mean 10.7", "solid part 4.0", "0.91", "right, RML")
+    assert row["volume"] in ("1\u202f234", "1 234", "1\u00a0234", "1 235") and row["growth"] == ["90 days ago: 9.9 mm, 1 000 mm³", "shrinking"] and row["at"] == "X 1, Y -3, Z 3 mm"
+    for growth, line in ((None, "no prior"), ({"relation": "new"}, "new since the prior study")):
+        assert table(Prediction("answered", "ct", findings=(replace(finding, growth=growth),)))[0]["growth"] == [line]
+    assert table(film()) == []
+
+
+def test_advice_keeps_the_guideline(case):
+    rows = {lang: advice(replace(film(), recommendations=toy_advice()), lang) for lang in words.LANGUAGES}
+    assert [r["text"] for r in rows["en"]] == [r["text"] for r in rows["zh"]] == [r["text"] for r in toy_advice()]
+    assert rows["zh"][0]["state"] == "适用" and rows["zh"][1]["missing"] == "smoking history" and rows["en"][0]["finding"] == "Finding 1"
+
+
+def test_key_slices_show_the_voxels(case):
+    """The crop holds the very voxels of the finding, whatever way the stack is stored."""
+    answer = toy_detection(case)
+    keys = key_slices(answer)
+    assert [k["number"] for k in keys] == [1, 2, 3]
+    for way in ("IPL", "SAL", "SPR"):
+        turned = replace(answer, volume=case.volume.reorient(way), mask=case.volume.with_array(answer.mask).reorient(way).array)
+        for a, b in zip(keys, key_slices(turned)):
+            assert a["slice"] == b["slice"] and a["points"] == b["points"] and a["frame"] == b["frame"]
+            assert all(np.array_equal(x["image"], y["image"]) for x, y in zip(a["crops"], b["crops"]))
+    for k, key in enumerate(keys, 1):
+        xs, ys = (np.array([float(p.split(",")[i]) for line in key["points"] for p in line.split()]) for i in (0, 1))
+        area = (answer.mask[key["slice"] - 1] == k)
+        assert (xs.max() - xs.min()) / 4 == pytest.approx(np.ptp(np.nonzero(area)[1]) + 1, abs=0.5) and (ys.max() - ys.min()) / 4 == pytest.approx(np.ptp(np.nonzero(area)[0]) + 1, abs=0.5)
+    ring = key_slices(replace(answer, mask=None))
+    assert not any(k["solid"] for k in ring) and all(k["points"] for k in ring)
+    assert key_slices(replace(answer, volume=None)) == [] and card(replace(answer, volume=None))["keys"] == []
+    outside = replace(answer, findings=(replace(answer.findings[0], centroid_mm=(900.0, 0.0, 0.0)),))
+    assert key_slices(outside) == []
