@@ -179,7 +179,7 @@ def _context(given):
         raise ConfigError("nodules are facts by the number of the finding", remedy='for example {"0": {"juxtapleural": true}}') from error
     return PatientContext(**{k: given[k] for k in own & set(given)}, facts=rest, nodules=numbered)
 
-# %% ../../nbs/deployment/04_recommend.ipynb #f6e87632
+# %% ../../nbs/deployment/04_recommend.ipynb #41261f5f
 def _band(mm, thresholds):
     return sum(mm >= t for t in thresholds)
 
@@ -234,7 +234,7 @@ def change_since(finding: dict, guideline: dict, *, prior_ct: bool | None = None
     state = "crossed" if crossed and state == "stable" else state
     return state if state in guideline["inputs"]["status"]["values"] or isinstance(state, frozenset) else "stable"
 
-
+# %% ../../nbs/deployment/04_recommend.ipynb #d595593c
 def _solid_part(finding, growth, guideline, total, crossed):
     """The same for a part-solid nodule: its solid part decides; unknown, it may have grown."""
     rule, decimals = guideline["growth"], guideline["measure"]["mm_decimals"]
