@@ -177,7 +177,7 @@ def _place(lungs, volume, centre_mm):
     share = (at[0] - heights[0]) / max(1, heights[-1] - heights[0])
     return ("right" if label == LUNG_LABELS["lung_right"] else "left"), ("lower", "middle", "upper")[min(2, max(0, int(3 * share)))]
 
-# %% ../../nbs/deployment/03c_measure.ipynb #3fb0dbf4
+# %% ../../nbs/deployment/03c_measure.ipynb #adb2f800
 def measure_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str | None = None, lungs=None, score: float | None = None) -> Finding:
     """A nodule in a chest CT, outlined and measured.
 
@@ -188,7 +188,7 @@ def measure_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str |
     centre_mm : (x, y, z), in mm
         About its middle, world LPS.
     diameter_mm : float
-        About its diameter, above 0 and at most 40; a third too small or too large does no harm.
+        About its diameter, above 0 and at most 100 (what is said to be above 40 mm is looked for as 40 mm); a third too small or too large does no harm.
     kind : {"solid", "part-solid", "ground-glass"}, optional
         Where the detector knows it; default from the grey values.
     lungs : array (z, y, x), uint8, optional
@@ -246,7 +246,7 @@ def outline_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str |
         raise ConfigError(f"a lung mask of shape {lungs.shape} for a volume of {volume.shape}", remedy="make it with segment_lungs from this volume")
     straight = volume.reorient("SPL")
     upright = volume.with_array(lungs).reorient("SPL").array
-    centre, kind, whole, core, mm3 = _found(straight, upright, np.asarray(centre_mm, float), float(diameter_mm), kind)
+    centre, kind, whole, core, mm3 = _found(straight, upright, np.asarray(centre_mm, float), min(float(diameter_mm), 40.0), kind)
     side, zone = _place(upright, straight, centre)
     note = f"{zone} zone (third of the lung's height, not a lobe)" if zone else "outside the lungs that were found"
     if whole is None:
@@ -254,12 +254,12 @@ def outline_nodule(volume: Volume, centre_mm, diameter_mm: float, *, kind: str |
         return missing, np.zeros(volume.shape, bool)
     return _described(volume, straight, (centre, kind, whole, core, mm3), side, note, score)
 
-# %% ../../nbs/deployment/03c_measure.ipynb #3db14087
+# %% ../../nbs/deployment/03c_measure.ipynb #f26b131f
 def _check(volume, centre_mm, diameter_mm, kind):
     if volume.units != "HU" or len(volume.shape) != 3:
         raise DatasetError(f"nodules are measured in CT, in HU, not in {volume.units!r}", remedy="read the CT series itself")
-    if not 0 < diameter_mm <= 40:
-        raise ConfigError(f"no nodule measures about {diameter_mm} mm", remedy="give a diameter above 0 and at most 40 mm; above 30 mm it is a mass")
+    if not 0 < diameter_mm <= 100:
+        raise ConfigError(f"no nodule measures about {diameter_mm} mm", remedy="give a diameter above 0 and at most 100 mm")
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind of nodule {kind!r}", remedy=f"use one of {', '.join(KINDS)}")
     at = volume.index(np.asarray(centre_mm, float))
