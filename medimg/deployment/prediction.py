@@ -72,7 +72,7 @@ class Finding:
     solid_diameter_mm: float | None = None
     growth: dict | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #e04d4c19
+# %% ../../nbs/deployment/03a_prediction.ipynb #19a11cbb
 @dataclass(frozen=True, kw_only=True)
 class _InMemory:
     """What an answer carries for reports and never writes down."""
@@ -82,7 +82,7 @@ class _InMemory:
     volume: object | None = None
     mask: np.ndarray | None = None
 
-
+# %% ../../nbs/deployment/03a_prediction.ipynb #28bcc7cf
 @dataclass(frozen=True)
 class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
