@@ -218,7 +218,7 @@ def maker() -> dict:
         number = "0"
     return {"manufacturer": "medimg", "manufacturer_model_name": "medimg", "software_versions": number, "device_serial_number": "1"}
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #3ea2858e
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #a74753f6
 def segments_of(prediction) -> dict:
     """Name, label in the mask and codes of what a prediction outlines, by segment number.
 
@@ -292,7 +292,7 @@ def segmentation(prediction, headers, stamp: Stamp):
     described = [hd.seg.SegmentDescription(number, name, *(hd.sr.CodedConcept(*code) for code in codes), "AUTOMATIC", made, tracking_uid=stamp.uid("finding", label), tracking_id=name)
                  for number, (name, label, codes) in parts.items()]
     pixels = np.stack([mask == label for _, label, _ in parts.values()], -1).astype(np.uint8)
-    ds = _built(hd.seg.Segmentation, headers, pixels, "BINARY", described, series_instance_uid=stamp.uid("series", "seg"), series_number=9801, sop_instance_uid=stamp.uid("seg"),
+    ds = _built(hd.seg.Segmentation, [_placed(h, stamp) for h in headers], pixels, "BINARY", described, series_instance_uid=stamp.uid("series", "seg"), series_number=9801, sop_instance_uid=stamp.uid("seg"),
                 instance_number=1, content_label="MEDIMG", content_description=RESEARCH_USE, series_description=f"medimg masks ({RESEARCH_USE})", **maker())
     return settle(_body(ds, headers), stamp, headers, "seg")
 
