@@ -175,6 +175,7 @@ def test_segmentation_task_and_refusal(ct, tmp_path):
     assert hd.sr.srread(paths[0]).content.get_image_measurement_groups()[0].finding_type.meaning == "No answer"
     none = replace(toy_detection(case), findings=(), mask=None)
     path = write_dicom(none, folder, tmp_path / "none", kinds=("sr",))[0]
+    assert hd.sr.srread(path).content.get_image_measurement_groups()[0].finding_type.meaning == "Nothing marked by model"
     no_faults([path])
 
 

@@ -138,7 +138,7 @@ def _images(headers):
     hd = _highdicom()
     return [hd.sr.SourceImageForMeasurementGroup(h.SOPClassUID, h.SOPInstanceUID) for h in (headers if len(headers) == 1 else [headers[len(headers) // 2]])]
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #7b347d8d
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #acdcbb1b
 def _class_group(name, p, prediction, headers, shared):
     """The calibrated probability of one class, and whether the model called it."""
     hd, codes, code = _kit()
@@ -171,6 +171,13 @@ def _refusal_group(prediction, headers, shared):
                                                        finding_type=code(_private("No answer")), algorithm_id=shared["algorithm"], qualitative_evaluations=reasons, source_images=_images(headers))
 
 
+def _empty_group(headers, shared):
+    """Nothing was marked: said openly, for an empty list may also be a list that was lost."""
+    hd, _, code = _kit()
+    return hd.sr.MeasurementsAndQualitativeEvaluations(tracking_identifier=hd.sr.TrackingIdentifier(uid=shared["stamp"].uid("none"), identifier="nothing marked"),
+                                                       finding_type=code(_private("Nothing marked by model")), algorithm_id=shared["algorithm"], source_images=_images(headers))
+
+
 def _groups(prediction, headers, shared, seg):
     p = prediction
     if p.status == "refused":
@@ -178,10 +185,12 @@ def _groups(prediction, headers, shared, seg):
     numbers = {label: (number, name) for number, (name, label, _) in segments_of(p).items()} if p.mask is not None else {}
     if p.task == "segmentation":
         return [_outline_group(number, name, label, p, headers, shared, seg) for label, (number, name) in numbers.items()] if seg is not None else []
+    if p.task == "detection" and not p.findings:
+        return [_empty_group(headers, shared)]
     found = [_finding_group(f, k, headers, shared, seg, numbers.get(k, (None,))[0] if p.task == "detection" else None) for k, f in enumerate(p.findings, 1)]
     return [_class_group(name, chance, p, headers, shared) for name, chance in list((p.probability or {}).items())[:50]] + found
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #21a90ad1
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #953b5075
 def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     """A prediction as a DICOM structured report: Comprehensive 3D SR with the template TID 1500.
 
@@ -220,13 +229,13 @@ def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     notes = [f"digest {model.get('digest', '')[:40]}", f"origin {model.get('origin')}", RESEARCH_USE]
     shared = {"stamp": stamp, "algorithm": sr.AlgorithmIdentification(_short(model["name"]), _short(model["version"]), parameters=notes)}
     groups = _groups(prediction, headers, shared, seg)
-    if not groups and prediction.task != "detection":
+    if not groups:
         raise ConfigError("nothing to put into a structured report", remedy="give an answer with a probability, findings or a mask")
     device = sr.DeviceObserverIdentifyingAttributes(uid=stamp.uid("device", model["name"], model["version"]), name=_short(model["name"]), manufacturer_name="medimg", model_name=_short(model["name"]),
                                                     serial_number=_short(model["version"]))
     observed = sr.ObservationContext(observer_device_context=sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device))
     report = sr.MeasurementReport(
-        observation_context=observed, procedure_reported=code(_PROCEDURES.get(str(headers[0].get("Modality"))) or ("363679005", "SCT", "Imaging procedure")), imaging_measurements=groups or None,
+        observation_context=observed, procedure_reported=code(_PROCEDURES.get(str(headers[0].get("Modality"))) or ("363679005", "SCT", "Imaging procedure")), imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport, language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(language=code(("en", "RFC5646", "English"))))
     ds = _built(sr.Comprehensive3DSR, [*headers, *([seg] if seg is not None else [])], report[0], series_instance_uid=stamp.uid("series", "sr"), series_number=9800, sop_instance_uid=stamp.uid("sr"),
                 instance_number=1, manufacturer="medimg", is_complete=True, series_description=f"medimg report ({RESEARCH_USE})")

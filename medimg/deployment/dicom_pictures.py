@@ -218,7 +218,7 @@ def maker() -> dict:
         number = "0"
     return {"manufacturer": "medimg", "manufacturer_model_name": "medimg", "software_versions": number, "device_serial_number": "1"}
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #3ea2858e
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #a8264eba
 def segments_of(prediction) -> dict:
     """Name, label in the mask and codes of what a prediction outlines, by segment number.
 
@@ -292,7 +292,7 @@ def segmentation(prediction, headers, stamp: Stamp):
     described = [hd.seg.SegmentDescription(number, name, *(hd.sr.CodedConcept(*code) for code in codes), "AUTOMATIC", made, tracking_uid=stamp.uid("finding", label), tracking_id=name)
                  for number, (name, label, codes) in parts.items()]
     pixels = np.stack([mask == label for _, label, _ in parts.values()], -1).astype(np.uint8)
-    ds = _built(hd.seg.Segmentation, headers, pixels, "BINARY", described, series_instance_uid=stamp.uid("series", "seg"), series_number=9801, sop_instance_uid=stamp.uid("seg"),
+    ds = _built(hd.seg.Segmentation, [_placed(h, stamp) for h in headers], pixels, "BINARY", described, series_instance_uid=stamp.uid("series", "seg"), series_number=9801, sop_instance_uid=stamp.uid("seg"),
                 instance_number=1, content_label="MEDIMG", content_description=RESEARCH_USE, series_description=f"medimg masks ({RESEARCH_USE})", **maker())
     return settle(_body(ds, headers), stamp, headers, "seg")
 
@@ -302,13 +302,25 @@ def _short(text):
     return " ".join(plain(str(text)).replace("\\", "/").split())[:64].strip() or "unnamed"
 
 
+def _placed(header, stamp):
+    """The header; for a film without a frame of reference a copy with one of its own, in the plane of the detector."""
+    if header.get("FrameOfReferenceUID") and header.get("ImagePositionPatient") is not None:
+        return header
+    from copy import deepcopy
+    own = deepcopy(header)
+    spacing = header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or [1, 1]
+    own.FrameOfReferenceUID, own.PositionReferenceIndicator = stamp.uid("detector", header.SOPInstanceUID), ""
+    own.ImagePositionPatient, own.ImageOrientationPatient, own.PixelSpacing, own.SliceThickness = [0, 0, 0], [1, 0, 0, 0, 1, 0], list(spacing), "1"
+    return own
+
+
 def _built(kind, *args, **fields):
     try:
         return kind(*args, **fields)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise DicomError(f"highdicom refuses the images ({printable(error)[:160]})", remedy="check the series with medimg scan") from error
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #9bae8329
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #1639eda4
 def heat_map_object(prediction, headers, stamp: Stamp):
     """The heat map of a prediction as a DICOM Parametric Map.
 
@@ -349,18 +361,6 @@ def heat_map_object(prediction, headers, stamp: Stamp):
                 voi_lut_transformations=[hd.VOILUTTransformation(window_center=0.5, window_width=1.0)], content_qualification="RESEARCH", content_description=RESEARCH_USE,
                 series_description=f"medimg heat map ({RESEARCH_USE})", **maker())
     return settle(_body(ds, headers), stamp, headers, "pm")
-
-
-def _placed(header, stamp):
-    """The header; for a film without a frame of reference a copy with one of its own, in the plane of the detector."""
-    if header.get("FrameOfReferenceUID") and header.get("ImagePositionPatient") is not None:
-        return header
-    from copy import deepcopy
-    own = deepcopy(header)
-    spacing = header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or [1, 1]
-    own.FrameOfReferenceUID, own.PositionReferenceIndicator = stamp.uid("detector", header.SOPInstanceUID), ""
-    own.ImagePositionPatient, own.ImageOrientationPatient, own.PixelSpacing, own.SliceThickness = [0, 0, 0], [1, 0, 0, 0, 1, 0], list(spacing), "1"
-    return own
 
 # %% ../../nbs/deployment/05c_dicom_pictures.ipynb #ff62b584
 _WIDE = 768
