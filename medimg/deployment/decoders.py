@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'kind_of', 'flatten', 'rebuild', 'load_bytes', 'work', 'rendered', 'Decoder', 'Decoders']
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #c8d0437f
+# %% ../../nbs/deployment/06f_decoders.ipynb #629ebea0
 import asyncio
 import collections
 import contextlib
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .front import Unsupported
 from .intake import Study
 from .. import errors
 from ..errors import ConfigError, DatasetError, MedimgError, ServiceError, printable
@@ -49,7 +50,7 @@ def kind_of(data: bytes, declared: str = "") -> str:
 
     Raises
     ------
-    ServiceError
+    Unsupported
         When the bytes are of no known kind, or of another than declared.
 
     Examples
@@ -58,16 +59,16 @@ def kind_of(data: bytes, declared: str = "") -> str:
     ('.npy', '.dcm')
     >>> kind_of(b"BM......", "image/png")
     Traceback (most recent call last):
-    medimg.errors.ServiceError: the content type says image/png, the bytes say image/bmp; state the type of what is sent, or application/octet-stream
+    medimg.deployment.front.Unsupported: the content type says image/png, the bytes say image/bmp; state the type of what is sent, or application/octet-stream
     """
     declared = declared.partition(";")[0].strip().lower()
     found = next((kind for at, mark, kind in _MARKS if data.startswith(mark, at)), None)
     if found is None and declared == "application/dicom":
         return ".dcm"                       # the reader says what is wrong with it
     if found is None:
-        raise ServiceError("the bytes are of no kind that is read here", remedy="send DICOM, PNG, JPEG, TIFF, BMP, NumPy, NIfTI or a zip archive of DICOM")
+        raise Unsupported("the bytes are of no kind that is read here", remedy="send DICOM, PNG, JPEG, TIFF, BMP, NumPy, NIfTI or a zip archive of DICOM")
     if declared not in ("", "application/octet-stream", *TYPES[found]):
-        raise ServiceError(f"the content type says {printable(declared[:60])}, the bytes say {TYPES[found][0]}",
+        raise Unsupported(f"the content type says {printable(declared[:60])}, the bytes say {TYPES[found][0]}",
                            remedy="state the type of what is sent, or application/octet-stream")
     return found
 
