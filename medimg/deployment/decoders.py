@@ -250,13 +250,16 @@ def _send(stream, head, parts):
         stream.write(part)
     stream.flush()
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #f769da6b
+# %% ../../nbs/deployment/06f_decoders.ipynb #d3c96e9f
 def _answered(job, body, folder, parts):
     kept = len(parts)
     try:
         if job["kind"] == "rehearse":
             from medimg.data.untrusted import rehearse
             rehearse(job["name"], bytes(body).decode())
+        if job["kind"] == "paths":
+            from medimg.deployment.intake import find_studies
+            return [_packed(source, _loaded(load), parts) for source, load in find_studies(job["options"]["paths"])]
         if job["kind"] == "frame":
             return [_packed(job["name"], rendered(body, folder, **job["options"]), parts)]
         return [_packed(source, found, parts) for source, found in load_bytes(body, job["kind"], job["name"], folder)]
