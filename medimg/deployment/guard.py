@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ROUTES', 'action_of', 'Guard', 'first_key', 'Auditor']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #66b936b5
+# %% ../../nbs/deployment/06k_guard.ipynb #5d4c0ac5
 import asyncio
 import contextlib
 import functools
-import ipaddress
 import secrets
 from pathlib import Path
 
 from .front import header
-from .security import Forbidden, KeyRing, NotAuthenticated, Principal, read_private, read_secret, require, write_private
+from .gate import Peers, RateLimiter, peer_key
+from .security import KeyRing, NotAuthenticated, Principal, read_private, read_secret, require, write_private
 
 #: (methods, path or its beginning, label for metrics, action); None: no key is needed.
 ROUTES = ((("GET", "HEAD"), "/healthz", "health", None), (("GET", "HEAD"), "/readyz", "health", None), (("GET",), "/metrics", "health", "metrics:read"),
@@ -49,7 +49,7 @@ def action_of(method: str, path: str) -> tuple:
     known = next((label for _, place, label, _ in ROUTES if path == place or path.startswith(place)), "other")
     return known, _NOBODY_ELSE
 
-# %% ../../nbs/deployment/06k_guard.ipynb #2e5be4e1
+# %% ../../nbs/deployment/06k_guard.ipynb #90fc798a
 class Guard:
     """Who may come in.
 
@@ -72,33 +72,27 @@ class Guard:
     def __init__(self, settings):
         self.settings = settings
         self.ring = KeyRing(settings.keys or settings.folder / "keys.json", read_secret("KEY_PEPPER", required=False))
-        self._networks = [ipaddress.ip_network(p, strict=False) for p in settings.peers]
-        self._limiter = _limiter(settings)
-        self._known = functools.lru_cache(4096)(self._is_peer)
+        self._peers = Peers(settings.peers) if settings.peers else None
+        self._allows = functools.lru_cache(4096)(self._peers.allows) if settings.peers else None
+        self._limiter = RateLimiter(settings.rate, settings.burst) if settings.rate else None
+        self._strangers = RateLimiter(5.0, 50)
 
     def admit(self, scope) -> tuple:
         """(Principal or None, label, action) of a request by its `scope`; raises what refuses it."""
         label, action = action_of(scope["method"], scope["path"])
         address = (scope.get("client") or ("", 0))[0]
-        if not self._known(address):
-            error = Forbidden("this address may not connect")
-            error.reason = "peer"
-            raise error
+        if self._allows is not None and not self._allows(address):
+            self._peers.check(address)
         if action is None:
             return None, label, action
-        principal = require(self._principal(scope), action)
+        try:
+            principal = require(self._principal(scope), action)
+        except NotAuthenticated:
+            self._strangers.check(peer_key(address))            # who guesses keys is soon told to wait
+            raise
         if self._limiter is not None:
-            self._limiter(principal.name)
+            self._limiter.check(principal.name)
         return principal, label, action
-
-    def _is_peer(self, address):
-        if not self._networks:
-            return True
-        with contextlib.suppress(ValueError):
-            place = ipaddress.ip_address(address)
-            place = getattr(place, "ipv4_mapped", None) or place
-            return any(place in network for network in self._networks)
-        return False
 
     def _principal(self, scope) -> Principal | None:
         text = header(scope, b"authorization")
@@ -109,10 +103,6 @@ class Guard:
         if text:
             raise NotAuthenticated("send the API key as a bearer token")
         return None
-
-
-def _limiter(settings):
-    return None
 
 
 def first_key(settings) -> str | None:

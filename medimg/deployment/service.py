@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #e8b911c6
+# %% ../../nbs/deployment/06_service.ipynb #7e097bb2
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -16,16 +17,16 @@ from urllib.parse import parse_qs
 from ..config import RESEARCH_USE
 from .batching import Late, Overloaded
 from .front import (BadRequest, NotFound, declared_length, header, new_request_id, problem, read_body, status_of)
+from .gate import headers as security_headers
 from .guard import Auditor, Guard, first_key
-from .handler import Handler, files_of
+from .handler import Handler, files_of, record_json
 from .jobs import FINISHED, public, watch
 from .metrics import Metrics
 from .security import Forbidden, NotAuthenticated
 from .settings import ServiceSettings, from_environ, load_settings, to_environ
 from ..errors import MedimgError, ServiceError
 
-_HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"),
-            (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"), (b"cross-origin-resource-policy", b"same-origin")]
+_HEADERS = [(name.lower().encode(), value.encode()) for name, value in security_headers().items()]
 
 
 async def _reply(send, status, body, kind, *, request_id, more=()):
@@ -45,7 +46,7 @@ async def _refuse(send, error, request_id):
         more.append((b"connection", b"close"))
     await _reply(send, status, orjson.dumps(problem(error, request_id=request_id)), b"application/problem+json", request_id=request_id, more=more)
 
-# %% ../../nbs/deployment/06_service.ipynb #25e06f06
+# %% ../../nbs/deployment/06_service.ipynb #314124c4
 _PREDICT = {"bundle", "name", "store"}
 
 
@@ -92,7 +93,6 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     Traceback (most recent call last):
     medimg.deployment.front.BadRequest: the parameter 'bundel' is not known or given twice; use bundle, name, store
     """
-    import orjson
     query = _query(scope, _PREDICT)
     handler.batcher(query.get("bundle"))
     store = _flag(query.get("store", ""), "store")
@@ -105,8 +105,8 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     if store:
         for record in records:
             await asyncio.to_thread(handler.store.add_result, record)
-    rows = [record.to_dict() for record in records]
-    return orjson.dumps({"predictions": rows, "research_use": RESEARCH_USE} if several else rows[0]), records
+    rows = [record_json(record) for record in records]
+    return (b'{"predictions":[' + b",".join(rows) + b'],"research_use":"' + RESEARCH_USE.encode() + b'"}' if several else rows[0]), records
 
 # %% ../../nbs/deployment/06_service.ipynb #a55ec72f
 def _service_class():
@@ -453,7 +453,7 @@ def _describe_bodies(paths, answer):
         operation["parameters"] = [{"name": n, "in": "query", "required": False, "description": _QUERY[n], "schema": flag if n == "store" else {"type": "string"}} for n in names]
         operation["requestBody"] = {"required": path == "/v1/predict", "content": {**_BODIES, "multipart/form-data": _FORM}}
 
-# %% ../../nbs/deployment/06_service.ipynb #af479683
+# %% ../../nbs/deployment/06_service.ipynb #86c26bb7
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
 
 
@@ -465,6 +465,8 @@ def worker_app():
     >>> worker_app()                                                                    # doctest: +SKIP
     """
     from medimg.deployment import front
+    from medimg.deployment.scrub import Scrub
+    Scrub().install()                               # whatever a library logs, names and keys are struck out
     settings = from_environ(os.environ[_SETTINGS])
     front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
     return create_app(settings, metrics_folder=os.environ.get(_METRICS))
@@ -509,7 +511,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #27c149fc
+# %% ../../nbs/deployment/06_service.ipynb #2de723f3
 def _leave(*_):
     raise SystemExit(0)
 
@@ -525,10 +527,13 @@ def _metrics_folder():
 def _uvicorn(settings):
     from medimg.deployment import front
     front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
-    tls = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key} if settings.tls_cert else {}
-    if settings.tls_client_ca:
-        import ssl
-        tls |= {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    tls = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key, "ssl_context_factory": functools.partial(_tls, settings)} if settings.tls_cert else {}
     return {"host": settings.host, "port": settings.port, "http": front.Protocol, "ws": "none", "lifespan": "on", "access_log": False, "server_header": False,
             "proxy_headers": False, "log_level": "warning", "workers": settings.workers, "timeout_keep_alive": settings.keep_alive_s,
             "timeout_graceful_shutdown": settings.grace_s, "backlog": 2048, **tls}
+
+
+def _tls(settings, config, default):
+    """TLS 1.2 or later, forward secrecy, a client's certificate where one is asked for."""
+    from medimg.deployment.gate import tls_context
+    return tls_context(settings.tls_cert, settings.tls_key, client_ca=settings.tls_client_ca)
