@@ -283,7 +283,7 @@ def _called(path, function, **options):
         raise ConfigError("no function of medimg")
     return _directly(function, path, options=options)
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #1a6ac624
+# %% ../../nbs/deployment/06f_decoders.ipynb #f34c573b
 class Decoder:
     """One worker process and its pipes; `Decoders` keeps them.
 
@@ -329,10 +329,10 @@ class Decoder:
                 return _believed(*await self._reply(), len(jobs))
         except TimeoutError as error:
             raise DatasetError(f"not read within {self.limit_s:g} s; the decoder was stopped", remedy="do not open the file elsewhere") from error
-        except (OSError, EOFError) as error:
-            raise DatasetError(f"crashed its decoder ({await self._end()}); nothing else was harmed", remedy="do not open the file elsewhere") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DatasetError("a decoder answered nonsense", remedy="do not open the file elsewhere") from error
+        except (OSError, EOFError, RuntimeError) as error:       # uvloop says RuntimeError when the pipe is gone
+            raise DatasetError(f"crashed its decoder ({await self._end()}); nothing else was harmed", remedy="do not open the file elsewhere") from error
 
     async def _reply(self):
         out = self.process.stdout
@@ -430,7 +430,7 @@ class Decoders:
     async def __aexit__(self, *_):
         await self.close()
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #30192ce6
+# %% ../../nbs/deployment/06f_decoders.ipynb #2beb399e
 _SMALL, _LIGHT = 64 << 10, (".png", ".jpg", ".bmp", ".npy")
 
 
@@ -469,6 +469,8 @@ async def _run(pool, k):
 
 
 async def _tried(pool, k, taken):
+    if pool._alive[k].process.returncode is not None:            # it died while it was idle: nobody's file is guilty
+        await _replace(pool, k)
     try:
         return [list(zip(taken, await pool._alive[k].ask([job for job, _ in taken])))]
     except MedimgError as error:

@@ -7,7 +7,7 @@ __all__ = ['LIMITS', 'TooLarge', 'TooSlow', 'BadRequest', 'Unsupported', 'NotFou
            'new_request_id', 'header', 'declared_length', 'read_body', 'boundary_of', 'parts_of', 'file_name',
            'name_in']
 
-# %% ../../nbs/deployment/06g_front.ipynb #7e051102
+# %% ../../nbs/deployment/06g_front.ipynb #654ee9cb
 import asyncio
 import re
 import secrets
@@ -54,7 +54,7 @@ class Gone(ServiceError):
 
 
 _STATUS = ((Overloaded, 429), (Late, 503), (errors.UnsupportedTransferSyntax, 415), (errors.DicomError, 422), (errors.DatasetError, 422),
-           (errors.BundleError, 422), (errors.ConfigError, 400))
+           (errors.BundleError, 422), (errors.ConfigError, 400), (ServiceError, 500), (MedimgError, 422))
 _WORDS = {400: "bad request", 401: "not authenticated", 403: "not allowed", 404: "not found", 405: "method not allowed", 406: "not acceptable", 408: "too slow",
           409: "conflict", 413: "too large", 415: "unsupported content", 422: "cannot be processed", 429: "too many requests", 500: "internal error",
           503: "not available", 507: "no room"}
