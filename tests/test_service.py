@@ -289,7 +289,8 @@ def test_it_does_not_open_itself_to_others(settings, tmp_path):
 def test_schemathesis_finds_no_fault(service):
     done = subprocess.run([Path(sys.executable).with_name("schemathesis"), "run", f"{service.base}/openapi.json", "-H", f"Authorization: Bearer {service.key}", "--seed", "1", "-n", "12",
                            "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,ignored_auth",
-                           "--exclude-path", "/v1/jobs/{number}/events", "--request-timeout", "20", "--no-color", "--generation-database", "none"],
+                           "--exclude-path", "/v1/jobs/{number}/events", "--exclude-operation-id-regex", "^store_",      # it cannot write multipart/related
+                           "--request-timeout", "20", "--no-color", "--generation-database", "none"],
                           capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     assert done.returncode == 0, done.stdout[-6000:]
     assert service.alive(PNG)

@@ -450,7 +450,7 @@ def _need(request, kind, inner=""):
     if not accepts(request.headers.get("accept", ""), kind, inner=inner):
         raise NotAcceptable(f"only {kind}{f' of {inner}' if inner else ''} is given here")
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #fd1aacc5
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #2e032b93
 def _related(parts, inner):
     """A multipart/related answer of (headers, bytes or path), a part at a time."""
     from starlette.responses import StreamingResponse
@@ -474,7 +474,10 @@ def _dicom_json(value, status=200, headers=None):
 
 
 def _url(request):
-    return f"{str(request.base_url).rstrip('/')}/dicom-web"
+    """Where links point: as the operator says, else to the socket that was reached; what the sender put into `Host` is not believed."""
+    public, (host, port) = request.app.state.settings.public_url, request.scope["server"]
+    base = public or f"{request.scope['scheme']}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{base.rstrip('/')}/dicom-web"
 
 
 def _uids(**uids):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUTES', 'action_of', 'Guard', 'first_key', 'Auditor']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #5d4c0ac5
+# %% ../../nbs/deployment/06k_guard.ipynb #a043d6a0
 import asyncio
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .front import header
 from .gate import Peers, RateLimiter, peer_key
-from .security import KeyRing, NotAuthenticated, Principal, read_private, read_secret, require, write_private
+from .security import Forbidden, KeyRing, NotAuthenticated, Principal, read_private, read_secret, require, write_private
 
 #: (methods, path or its beginning, label for metrics, action); None: no key is needed.
 ROUTES = ((("GET", "HEAD"), "/healthz", "health", None), (("GET", "HEAD"), "/readyz", "health", None), (("GET",), "/metrics", "health", "metrics:read"),
@@ -49,7 +49,7 @@ def action_of(method: str, path: str) -> tuple:
     known = next((label for _, place, label, _ in ROUTES if path == place or path.startswith(place)), "other")
     return known, _NOBODY_ELSE
 
-# %% ../../nbs/deployment/06k_guard.ipynb #90fc798a
+# %% ../../nbs/deployment/06k_guard.ipynb #b52c865a
 class Guard:
     """Who may come in.
 
@@ -85,14 +85,22 @@ class Guard:
             self._peers.check(address)
         if action is None:
             return None, label, action
+        principal = self._known(scope, address)
         try:
-            principal = require(self._principal(scope), action)
-        except NotAuthenticated:
-            self._strangers.check(peer_key(address))            # who guesses keys is soon told to wait
+            require(principal, action)
+        except Forbidden as error:
+            error.principal, error.action = principal, action     # for the audit log
             raise
         if self._limiter is not None:
             self._limiter.check(principal.name)
         return principal, label, action
+
+    def _known(self, scope, address):
+        try:
+            return require(self._principal(scope), "openapi:read")
+        except NotAuthenticated:
+            self._strangers.check(peer_key(address))            # who guesses keys is soon told to wait
+            raise
 
     def _principal(self, scope) -> Principal | None:
         text = header(scope, b"authorization")

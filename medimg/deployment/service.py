@@ -108,7 +108,7 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     rows = [record_json(record) for record in records]
     return (b'{"predictions":[' + b",".join(rows) + b'],"research_use":"' + RESEARCH_USE.encode() + b'"}' if several else rows[0]), records
 
-# %% ../../nbs/deployment/06_service.ipynb #a55ec72f
+# %% ../../nbs/deployment/06_service.ipynb #f4bd073d
 def _service_class():
     import fastapi
 
@@ -131,37 +131,34 @@ def _service_class():
 
 
 async def _through_guard(app, scope, receive, send):
-    start, request_id, seen = time.perf_counter(), new_request_id(), {"status": 500, "started": False}
-    label, action, principal, records, error = "other", None, None, (), None
-    scope.setdefault("state", {}).update(request_id=request_id, principal=None)
+    at = {"start": time.perf_counter(), "request": new_request_id(), "status": 500, "started": False, "audited": False, "principal": None, "action": None, "error": None}
+    label = "other"
+    scope.setdefault("state", {}).update(request_id=at["request"], principal=None)
 
     async def noted(message):
         if message["type"] == "http.response.start":
-            seen.update(status=message["status"], started=True)
+            at["status"] = message["status"]
+            await _audit(app, scope, at)                # first the log, then the answer
+            at["started"] = True
         await send(message)
 
     try:
-        principal, label, action = app.state.guard.admit(scope)
-        scope["state"]["principal"] = principal
-        handler = app.state.handler
-        if action is not None and not handler.ready:
+        at["principal"], label, at["action"] = app.state.guard.admit(scope)
+        scope["state"]["principal"] = at["principal"]
+        if at["action"] is not None and not app.state.handler.ready:
             raise _closing()
         if label == "predict" and scope["method"] == "POST" and app.state.settings.lean and scope["path"] == "/v1/predict":
-            body, records = await predicted(handler, scope, receive)
-            await _audit(app, scope, principal, action, 200, start, request_id, records=records)
-            await _reply(noted, 200, body, b"application/json", request_id=request_id)
-            action = None
+            body, at["records"] = await predicted(app.state.handler, scope, receive)
+            await _reply(noted, 200, body, b"application/json", request_id=at["request"])
         else:
-            await app.by_fastapi(scope, receive, _with_headers(noted, request_id))
+            await app.by_fastapi(scope, receive, _with_headers(noted, at["request"]))
     except Exception as mishap:
-        error = mishap
-        await _failed(app, scope, noted, seen, error, request_id)
+        at["error"] = mishap
+        await _failed(noted, at)
     finally:
-        app.state.metrics.request(label, seen["status"], time.perf_counter() - start)
-    if action is not None or error is not None:
-        await _audit(app, scope, principal, action or "request", seen["status"], start, request_id, error=error)
+        app.state.metrics.request(label, at["status"], time.perf_counter() - at["start"])
 
-# %% ../../nbs/deployment/06_service.ipynb #469656fb
+# %% ../../nbs/deployment/06_service.ipynb #1759fc67
 def _closing():
     error = Late("the service is closing or not ready", remedy="ask again in a minute")
     error.retry_after = 5
@@ -177,12 +174,17 @@ def _with_headers(send, request_id):
     return more
 
 
-async def _failed(app, scope, send, seen, error, request_id):
+async def _failed(send, at):
+    error = at["error"]
+    at["principal"], at["action"] = at["principal"] or getattr(error, "principal", None), at["action"] or getattr(error, "action", None) or "request"
     if not isinstance(error, MedimgError):
-        _log_fault(error, request_id)
-    if not seen["started"]:
+        _log_fault(error, at["request"])
+    if not at["started"]:
         with contextlib.suppress(OSError):
-            await _refuse(send, error, request_id)
+            try:
+                await _refuse(send, error, at["request"])
+            except MedimgError as mishap:                # not even the refusal could be logged
+                await _refuse(send, mishap, at["request"])
 
 
 def _log_fault(error, request_id):
@@ -192,23 +194,23 @@ def _log_fault(error, request_id):
     logging.getLogger("medimg.service").error("request %s failed: %s at %s", request_id, type(error).__name__, " > ".join(frames))
 
 
-async def _audit(app, scope, principal, action, status, start, request_id, *, records=(), error=None):
-    """One record for each access: who, what, how it ended; for a prediction also each study's pseudonym."""
-    event = {"action": action.replace("_", "-"), "outcome": "ok" if status < 400 else "refused" if status < 500 else "error", "status": status, "request": request_id,
-             "ms": round((time.perf_counter() - start) * 1000), "peer": (scope.get("client") or ("",))[0] or None}
-    if principal is not None:
-        event |= {"actor": principal.name, "role": principal.role, "via": principal.via}
+async def _audit(app, scope, at):
+    """One record for each access: who, what, how it ended, under which pseudonym the study; on the disk before the first byte of the answer."""
+    if at["audited"] or at["action"] is None:
+        return
+    at["audited"], status, who, error = True, at["status"], at["principal"], at["error"]
+    event = {"action": at["action"].replace("_", "-"), "outcome": "ok" if status < 400 else "refused" if status < 500 else "error", "status": status, "request": at["request"],
+             "ms": round((time.perf_counter() - at["start"]) * 1000), "peer": (scope.get("client") or ("",))[0] or None}
+    if who is not None:
+        event |= {"actor": who.name, "role": who.role, "via": who.via}
     if isinstance(error, (NotAuthenticated, Forbidden)):
         event["reason"] = str(error.reason).lower()[:60]
-    if records:
+    if scope["path"].startswith("/dicom-web/studies/"):
+        event["study"] = app.state.auditor.study(scope["path"].split("/")[3])
+    if records := at.get("records"):
         study = next((r.study["study_uid"] for r in records if r.study and r.study.get("study_uid")), None)
         event |= {"bundle": next((r.model["name"] for r in records if r.model), None), "study": app.state.auditor.study(study), "count": len(records)}
-    try:
-        await app.state.auditor.record(event)
-    except MedimgError as mishap:
-        _log_fault(mishap, request_id)
-        if status < 400:
-            raise
+    await app.state.auditor.record(event)
 
 # %% ../../nbs/deployment/06_service.ipynb #fcd45887
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
@@ -399,7 +401,7 @@ def _result_routes(app):
         except ServiceError as error:
             raise NotFound(error.what) from error
 
-# %% ../../nbs/deployment/06_service.ipynb #6ffb0157
+# %% ../../nbs/deployment/06_service.ipynb #37502721
 _BODIES = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("application/octet-stream", "image/png", "image/jpeg", "application/dicom",
                                                                                   "application/x-npy", "application/zip")}
 _FORM = {"schema": {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}}
@@ -408,7 +410,7 @@ _PROBLEM = {"type": "object", "required": ["type", "title", "status", "detail", 
     "request_id": {"type": "string"}}}
 _QUERY = {"bundle": "Name of a served bundle; by default the first", "name": "What the file is called in the record", "store": "Keep the record (true or false)",
           "study_uid": "A study that is kept here, instead of a body"}
-_REFUSALS = {"400": "malformed", "401": "no valid key", "403": "not allowed", "404": "not there", "405": "another method", "408": "too slow", "409": "conflict", "413": "too large",
+_REFUSALS = {"400": "malformed", "401": "no valid key", "403": "not allowed", "404": "not there", "405": "another method", "406": "nothing that the client accepts", "408": "too slow", "409": "conflict", "413": "too large",
              "415": "a kind of content that is not read", "422": "cannot be processed", "429": "too many requests: see Retry-After", "503": "not ready: see Retry-After"}
 
 
@@ -439,12 +441,41 @@ def _described(document):
             operation["responses"].pop("422", None)
             operation["responses"].update({code: {"description": text, "content": refused} for code, text in _REFUSALS.items() if code not in operation["responses"]})
             operation["security"] = [] if path in ("/healthz", "/readyz") else [{"key": []}]
+            if path.startswith("/dicom-web"):
+                _describe_dicomweb(path, operation)
     _describe_bodies(document["paths"], {"oneOf": [{"$ref": "#/components/schemas/Prediction"}, several]})
     return document
 
-# %% ../../nbs/deployment/06_service.ipynb #6745aaa7
+# %% ../../nbs/deployment/06_service.ipynb #073e9c39
+_UID = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)*$", "maxLength": 64}
+_PARTS = {"study": _UID, "series": _UID, "instance": _UID, "tag": {"type": "string", "pattern": "^[0-9A-Fa-f]{8}$"}, "frame": {"type": "string", "pattern": "^[0-9]{1,6}$"},
+          "frames": {"type": "string", "pattern": "^[0-9]{1,6}(,[0-9]{1,6}){0,9}$"}}
+_SEARCH = {"limit": {"type": "integer", "minimum": 0, "maximum": 999999999}, "offset": {"type": "integer", "minimum": 0, "maximum": 999999999}, "PatientID": {"type": "string"},
+           "StudyInstanceUID": {"type": "string"}, "StudyDate": {"type": "string"}}
+
+
+def _describe_dicomweb(path, operation):
+    """Kinds of answers, identifiers and bodies of one DICOMweb operation."""
+    said, search = operation["summary"], operation["summary"].startswith("QIDO")
+    kinds = ("application/dicom+json",) if search or said.startswith("STOW") or path.endswith("/metadata") else \
+        ("image/jpeg", "image/png") if path.endswith("/rendered") else ("multipart/related",)
+    content = {kind: {"schema": {} if kind.endswith("json") else {"type": "string", "format": "binary"}} for kind in kinds}
+    operation["responses"]["200"] = {"description": said, "content": content}
+    if search:
+        operation["responses"]["204"] = {"description": "nothing fits"}
+        operation.setdefault("parameters", []).extend({"name": n, "in": "query", "required": False, "schema": schema} for n, schema in _SEARCH.items())
+    if said.startswith("STOW"):
+        operation["responses"] |= {code: {"description": text, "content": {**content, "application/problem+json": {"schema": {}}}} for code, text in
+                                   {"202": "some instances were not kept", "409": "no instance was kept"}.items()}
+        operation["requestBody"] = {"required": True, "content": {"multipart/related": {"schema": {"type": "string", "format": "binary"}}}}
+    for parameter in operation.get("parameters", []):
+        parameter["schema"] = _PARTS.get(parameter["name"], parameter["schema"]) if parameter["in"] == "path" else parameter["schema"]
+
+
 def _describe_bodies(paths, answer):
     from medimg.deployment.prediction import Prediction
+    paths["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    paths["/v1/jobs/{number}/events"]["get"]["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     example = Prediction("refused", "a.dcm", reasons=("modality CT; the model was made for DX",)).to_dict()
     paths["/v1/predict"]["post"]["responses"]["200"] = {"description": "The record; for a form or an archive a list of them", "content": {"application/json": {"schema": answer, "example": example}}}
     for path, names in (("/v1/predict", ("bundle", "name", "store")), ("/v1/jobs", ("bundle", "name", "study_uid"))):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ServiceSettings', 'load_settings', 'to_environ', 'from_environ']
 
-# %% ../../nbs/deployment/06i_settings.ipynb #fda09670
+# %% ../../nbs/deployment/06i_settings.ipynb #676b038e
 import ipaddress
 import json
 import os
@@ -32,6 +32,7 @@ class ServiceSettings:
     tls_cert: str | None = None                 # PEM file of the certificate chain
     tls_key: str | None = None                  # PEM file of its private key
     tls_client_ca: str | None = None            # PEM file; clients must then show a certificate
+    public_url: str | None = None               # how clients reach it, for links; None: the address of the socket
     peers: tuple = ()                           # addresses or networks that may connect; empty: all
     keys: str | None = None                     # file of API keys; None: keys.json in the store
     audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
