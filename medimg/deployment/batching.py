@@ -76,7 +76,7 @@ def _one(bundle, study):
     except MedimgError as error:
         return error
 
-# %% ../../nbs/deployment/06c_batching.ipynb #f55f72a7
+# %% ../../nbs/deployment/06c_batching.ipynb #88e50e4d
 class Overloaded(ServiceError):
     """The line is full; ask again later (HTTP 429)."""
 
@@ -84,8 +84,33 @@ class Overloaded(ServiceError):
 class Late(ServiceError):
     """The answer was not ready in time (HTTP 503)."""
 
+# %% ../../nbs/deployment/06c_batching.ipynb #1c8206c3
+class _Line:
+    def __init__(self, bundle, *, most: int = 64, queue: int = 256, inline_ms: float = 2.0):
+        self.bundle, self.most, self.queue = bundle, most, queue
+        self.waiting, self.runs, self.answered, self._line, self._busy, self._closed = 0, 0, 0, collections.deque(), False, False
+        self.warm_ms = _warm(bundle)
+        self._thread = None if self.warm_ms < inline_ms else ThreadPoolExecutor(1, thread_name_prefix=f"bundle-{bundle.name}")
 
-class Batcher:
+    async def ask(self, study, *, deadline_s: float = 30.0):
+        """The Prediction for `study`; raises Overloaded, Late after `deadline_s`, or what `answer` raises."""
+        if self.waiting >= self.queue or self._closed:
+            raise Overloaded("too many requests wait" if not self._closed else "the service is closing", remedy="ask again in a second")
+        loop = asyncio.get_running_loop()
+        future, self.waiting = loop.create_future(), self.waiting + 1
+        self._line.append((study, future))
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._next)
+        late = loop.call_later(deadline_s, _expire, future, deadline_s)
+        try:
+            return await future
+        finally:
+            late.cancel()
+            self.waiting -= 1
+
+# %% ../../nbs/deployment/06c_batching.ipynb #471c047a
+class Batcher(_Line):
     """A line in front of one bundle; what waits is answered together. Use from one event loop.
 
     Parameters
@@ -110,29 +135,6 @@ class Batcher:
     >>> asyncio.run(example())
     'bright'
     """
-
-    def __init__(self, bundle, *, most: int = 64, queue: int = 256, inline_ms: float = 2.0):
-        self.bundle, self.most, self.queue = bundle, most, queue
-        self.waiting, self.runs, self.answered, self._line, self._busy, self._closed = 0, 0, 0, collections.deque(), False, False
-        self.warm_ms = _warm(bundle)
-        self._thread = None if self.warm_ms < inline_ms else ThreadPoolExecutor(1, thread_name_prefix=f"bundle-{bundle.name}")
-
-    async def ask(self, study, *, deadline_s: float = 30.0):
-        """The Prediction for `study`; raises Overloaded, Late after `deadline_s`, or what `answer` raises."""
-        if self.waiting >= self.queue or self._closed:
-            raise Overloaded("too many requests wait" if not self._closed else "the service is closing", remedy="ask again in a second")
-        loop = asyncio.get_running_loop()
-        future, self.waiting = loop.create_future(), self.waiting + 1
-        self._line.append((study, future))
-        if not self._busy:
-            self._busy = True
-            loop.call_soon(self._next)
-        late = loop.call_later(deadline_s, _expire, future, deadline_s)
-        try:
-            return await future
-        finally:
-            late.cancel()
-            self.waiting -= 1
 
     def _next(self):
         taken = []

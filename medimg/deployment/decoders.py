@@ -283,23 +283,8 @@ def _called(path, function, **options):
         raise ConfigError("no function of medimg")
     return _directly(function, path, options=options)
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #f34c573b
-class Decoder:
-    """One worker process and its pipes; `Decoders` keeps them.
-
-    Parameters
-    ----------
-    limit_s : float
-        Seconds for one message.
-    memory_mb : int
-        MiB for one message.
-
-    Examples
-    --------
-    >>> Decoder(limit_s=5, memory_mb=512).process is None
-    True
-    """
-
+# %% ../../nbs/deployment/06f_decoders.ipynb #c4727cb6
+class _Process:
     def __init__(self, *, limit_s: float, memory_mb: int):
         self.limit_s, self.memory_mb, self.process, self.folder = limit_s, memory_mb, None, None
 
@@ -319,6 +304,8 @@ class Decoder:
         except TimeoutError as error:
             raise ConfigError("a decoder process did not start within 60 s") from error
 
+# %% ../../nbs/deployment/06f_decoders.ipynb #252abc06
+class _Asking(_Process):
     async def ask(self, jobs: list) -> list:
         """Answers for `jobs`, each (kind, name, body, options); MedimgError when the process did not survive them."""
         head = json.dumps([{"kind": k, "name": n, "size": len(b), "options": o} for k, n, b, o in jobs]).encode()
@@ -341,6 +328,23 @@ class Decoder:
         if head > _MAX_HEAD or body > _MAX_BODY:
             raise ValueError("too long")
         return await out.readexactly(head), await out.readexactly(body)
+
+# %% ../../nbs/deployment/06f_decoders.ipynb #77c62964
+class Decoder(_Asking):
+    """One worker process and its pipes; `Decoders` keeps them.
+
+    Parameters
+    ----------
+    limit_s : float
+        Seconds for one message.
+    memory_mb : int
+        MiB for one message.
+
+    Examples
+    --------
+    >>> Decoder(limit_s=5, memory_mb=512).process is None
+    True
+    """
 
     async def _end(self):
         with contextlib.suppress(ProcessLookupError):
@@ -430,7 +434,7 @@ class Decoders:
     async def __aexit__(self, *_):
         await self.close()
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #2beb399e
+# %% ../../nbs/deployment/06f_decoders.ipynb #8ed6be1d
 _SMALL, _LIGHT = 64 << 10, (".png", ".jpg", ".bmp", ".npy")
 
 
@@ -467,7 +471,7 @@ async def _run(pool, k):
                 if not future.done():
                     future.set_exception(ServiceError(f"the decoder pool failed ({type(error).__name__})"))
 
-
+# %% ../../nbs/deployment/06f_decoders.ipynb #21ce2f93
 async def _tried(pool, k, taken):
     if pool._alive[k].process.returncode is not None:            # it died while it was idle: nobody's file is guilty
         await _replace(pool, k)

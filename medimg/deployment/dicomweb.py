@@ -420,9 +420,13 @@ def rendered(path, *, number: int = 1, form: str = "jpeg", window=None):
     image = stack[number - 1]
     return np.asarray(cv2.imencode(f".{form}", image[..., ::-1] if image.ndim == 3 else image)[1]).ravel()
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #f231a214
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #0231e240
 def accepts(value: str, kind: str, *, inner: str = "") -> bool:
     """Whether an Accept header's `value` allows a `kind`, and for multipart the `inner` type.
+
+    Returns
+    -------
+    bool
 
     Examples
     --------
@@ -655,7 +659,7 @@ def _part_routes(routes, app):
         value = await _in_decoder(app, "bulk_of", rows[0]["path"], tag=tag)
         return _related([({"Content-Type": "application/octet-stream"}, value.tobytes())], "application/octet-stream")
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #c466e308
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #0e6267d6
 def _frame_routes(routes, app):
     from fastapi import Request
 
@@ -694,7 +698,7 @@ def _numbers(text):
         raise BadRequest("frames are numbers with commas between", remedy="for example frames/1,2")
     return [int(n) for n in text.split(",")]
 
-
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #a9682052
 def _window(query):
     """(centre, width) of the `window` parameter, which reads `centre,width,function`."""
     for name in query:

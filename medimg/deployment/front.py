@@ -59,9 +59,15 @@ _WORDS = {400: "bad request", 401: "not authenticated", 403: "not allowed", 404:
           409: "conflict", 413: "too large", 415: "unsupported content", 422: "cannot be processed", 429: "too many requests", 500: "internal error",
           503: "not available", 507: "no room"}
 
-# %% ../../nbs/deployment/06g_front.ipynb #031ebf7a
+# %% ../../nbs/deployment/06g_front.ipynb #667216b1
 def status_of(error: Exception) -> int:
-    """The HTTP status that fits an `error`; 500 for anything that is not ours."""
+    """The HTTP status that fits an `error`; 500 for anything that is not ours.
+
+    Examples
+    --------
+    >>> status_of(errors.NotDicom("no marker")), status_of(KeyError("x"))
+    (422, 500)
+    """
     status = getattr(error, "status", None)
     if isinstance(error, MedimgError) and isinstance(status, int):
         return status
@@ -110,9 +116,27 @@ def new_request_id() -> str:
     """
     return secrets.token_hex(8)
 
-# %% ../../nbs/deployment/06g_front.ipynb #7f3ebc9c
+# %% ../../nbs/deployment/06g_front.ipynb #8a97509c
 def header(scope, name: bytes) -> str:
-    """The value of the first header called `name` (lower case) of an ASGI `scope`, or an empty text."""
+    """The value of the first header with a name.
+
+    Parameters
+    ----------
+    scope : dict
+        Of ASGI.
+    name : bytes
+        In lower case.
+
+    Returns
+    -------
+    str
+        Empty when there is none.
+
+    Examples
+    --------
+    >>> header({"headers": [(b"accept", b"*/*")]}, b"accept")
+    '*/*'
+    """
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
 
 
@@ -345,78 +369,77 @@ def name_in(disposition: str) -> str:
     match = re.search(r'filename="((?:[^"\\]|\\.)*)"|filename=([^;\s]+)', disposition or "")
     return (match[1] or match[2] or "") if match else ""
 
-# %% ../../nbs/deployment/06g_front.ipynb #1e9ee82d
+# %% ../../nbs/deployment/06g_front.ipynb #00c38975
 #: What the protocol allows: seconds for the headers, bytes of headers, connections of one worker.
 LIMITS = {"header_s": 10.0, "header_bytes": 32 << 10, "connections": 1000}
 
 
-def _protocol():
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+class _Clocked:
+    """uvicorn's protocol with a clock for headers and limits on their size and on the number of connections; to be mixed in."""
 
-    class Protocol(HttpToolsProtocol):
-        """uvicorn's HTTP protocol with a clock for headers and limits on their size and on the number of connections."""
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._counted, self._named, self._reading, self._clock = 0, 0, True, None
+        if len(self.connections) > LIMITS["connections"]:
+            transport.abort()
+            return
+        self._clock = self.loop.call_later(LIMITS["header_s"], self._too_slow)
 
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            self._counted, self._named, self._reading, self._clock = 0, 0, True, None
-            if len(self.connections) > LIMITS["connections"]:
-                transport.abort()
-                return
-            self._clock = self.loop.call_later(LIMITS["header_s"], self._too_slow)
+    def data_received(self, data):
+        if self._reading:
+            self._counted += len(data)
+            self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
+        super().data_received(data)
+        if self._reading and self._counted > LIMITS["header_bytes"]:
+            self._refuse(b"431 Request Header Fields Too Large")
 
-        def data_received(self, data):
-            if self._reading:
-                self._counted += len(data)
-                self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
-            super().data_received(data)
-            if self._reading and self._counted > LIMITS["header_bytes"]:
-                self._refuse(b"431 Request Header Fields Too Large")
+    def connection_lost(self, exc):
+        self._stop_clock()
+        super().connection_lost(exc)
 
-        def on_url(self, url):
-            self._named += len(url)
-            super().on_url(url)
-
-        def on_header(self, name, value):
-            self._named += len(name) + len(value)
-            super().on_header(name, value)
-
-        def on_headers_complete(self):
-            if self._named > LIMITS["header_bytes"]:
-                self._refuse(b"431 Request Header Fields Too Large")
-                return
-            self._reading = False
-            self._stop_clock()
-            super().on_headers_complete()
-
-        def on_message_complete(self):
-            super().on_message_complete()
-            self._reading, self._counted, self._named = True, 0, 0
-
-        def connection_lost(self, exc):
-            self._stop_clock()
-            super().connection_lost(exc)
-
-        def _stop_clock(self):
-            if self._clock is not None:
-                self._clock.cancel()
-                self._clock = None
-
-        def _too_slow(self):
+    def _stop_clock(self):
+        if self._clock is not None:
+            self._clock.cancel()
             self._clock = None
-            if self._reading and (self.cycle is None or self.cycle.response_complete):
-                self._refuse(b"408 Request Timeout")
 
-        def _refuse(self, line):
-            if self.transport is not None and not self.transport.is_closing():
-                self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-                self.transport.close()
+# %% ../../nbs/deployment/06g_front.ipynb #0a5cf9dc
+class _Measured(_Clocked):
+    """What happens as the headers are read."""
 
-    Protocol.__qualname__, Protocol.__module__ = "Protocol", __name__
-    return Protocol
+    def on_url(self, url):
+        self._named += len(url)
+        super().on_url(url)
 
+    def on_header(self, name, value):
+        self._named += len(name) + len(value)
+        super().on_header(name, value)
 
+    def on_headers_complete(self):
+        if self._named > LIMITS["header_bytes"]:
+            self._refuse(b"431 Request Header Fields Too Large")
+            return
+        self._reading = False
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_message_complete(self):
+        super().on_message_complete()
+        self._reading, self._counted, self._named = True, 0, 0
+
+    def _too_slow(self):
+        self._clock = None
+        if self._reading and (self.cycle is None or self.cycle.response_complete):
+            self._refuse(b"408 Request Timeout")
+
+    def _refuse(self, line):
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+# %% ../../nbs/deployment/06g_front.ipynb #10f2a8b6
 def __getattr__(name):
     if name == "Protocol":                          # made on first use: uvicorn is needed only where there is a service
-        globals()["Protocol"] = found = _protocol()
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+        globals()["Protocol"] = found = type("Protocol", (_Measured, HttpToolsProtocol), {"__module__": __name__, "__doc__": "uvicorn's HTTP protocol with a clock and limits."})
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

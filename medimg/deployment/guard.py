@@ -49,26 +49,8 @@ def action_of(method: str, path: str) -> tuple:
     known = next((label for _, place, label, _ in ROUTES if path == place or path.startswith(place)), "other")
     return known, _NOBODY_ELSE
 
-# %% ../../nbs/deployment/06k_guard.ipynb #b52c865a
-class Guard:
-    """Who may come in.
-
-    Parameters
-    ----------
-    settings : ServiceSettings
-        `peers`, `keys`, `rate`, `burst` are used.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from medimg.deployment.settings import ServiceSettings
-    >>> guard = Guard(ServiceSettings(store=tempfile.mkdtemp()))
-    >>> token = guard.ring.create("ct-room", "clinician")
-    >>> scope = {"method": "POST", "path": "/v1/predict", "client": ("127.0.0.1", 1), "headers": [(b"authorization", b"Bearer " + token.encode())]}
-    >>> guard.admit(scope)[0].name
-    'ct-room'
-    """
-
+# %% ../../nbs/deployment/06k_guard.ipynb #392d7583
+class _Admission:
     def __init__(self, settings):
         self.settings = settings
         self.ring = KeyRing(settings.keys or settings.folder / "keys.json", read_secret("KEY_PEPPER", required=False))
@@ -95,6 +77,26 @@ class Guard:
             self._limiter.check(principal.name)
         return principal, label, action
 
+# %% ../../nbs/deployment/06k_guard.ipynb #ed761ad8
+class Guard(_Admission):
+    """Who may come in.
+
+    Parameters
+    ----------
+    settings : ServiceSettings
+        `peers`, `keys`, `rate`, `burst` are used.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.deployment.settings import ServiceSettings
+    >>> guard = Guard(ServiceSettings(store=tempfile.mkdtemp()))
+    >>> token = guard.ring.create("ct-room", "clinician")
+    >>> scope = {"method": "POST", "path": "/v1/predict", "client": ("127.0.0.1", 1), "headers": [(b"authorization", b"Bearer " + token.encode())]}
+    >>> guard.admit(scope)[0].name
+    'ct-room'
+    """
+
     def _known(self, scope, address):
         try:
             return require(self._principal(scope), "openapi:read")
@@ -112,7 +114,7 @@ class Guard:
             raise NotAuthenticated("send the API key as a bearer token")
         return None
 
-
+# %% ../../nbs/deployment/06k_guard.ipynb #58c852a8
 def first_key(settings) -> str | None:
     """A new key for the person who started the service on this machine; None when there are keys already, or others can connect.
 
@@ -137,7 +139,7 @@ def first_key(settings) -> str | None:
     guard = Guard(settings)
     return guard.ring.create("local", "admin", days=30) if settings.loopback and not guard.ring.keys() else None
 
-# %% ../../nbs/deployment/06k_guard.ipynb #8dabbba1
+# %% ../../nbs/deployment/06k_guard.ipynb #31d3e37a
 class Auditor:
     """Audit records of one worker, written together in a thread.
 
@@ -197,7 +199,7 @@ class Auditor:
         finally:
             self._task = None
 
-
+# %% ../../nbs/deployment/06k_guard.ipynb #56b92b98
 def _open_log(folder):
     """The log of a service: its key from the environment, or from a file made here at the first start."""
     from medimg.deployment.audit import AuditLog

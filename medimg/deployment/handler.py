@@ -116,31 +116,8 @@ def files_of(body: bytes, content_type: str, *, name: str = "") -> tuple:
     endings = [kind_of(data, h.get("content-type", "")) for h, data in parts]
     return [(e, file_name(name_in(h.get("content-disposition", "")), f"part-{i + 1}{e}"), data) for i, (e, (h, data)) in enumerate(zip(endings, parts))], True
 
-# %% ../../nbs/deployment/06j_handler.ipynb #8dc049aa
-class Handler:
-    """Bundles, decoders, store and jobs of one worker process.
-
-    Parameters
-    ----------
-    settings : ServiceSettings
-        Checked.
-    metrics : Metrics, optional
-        By default one in memory.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from medimg.deployment.bundle import toy_bundle, toy_images
-    >>> from medimg.plots import png_bytes
-    >>> folder = tempfile.mkdtemp()
-    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1)
-    >>> async def example():
-    ...     async with Handler(settings) as handler:
-    ...         return await handler.answer([(".png", "a.png", png_bytes(toy_images(2, seed=5)[0][1]))])
-    >>> asyncio.run(example())[0].label
-    'bright'
-    """
-
+# %% ../../nbs/deployment/06j_handler.ipynb #edd2d564
+class _Started:
     def __init__(self, settings: ServiceSettings, *, metrics: Metrics | None = None):
         self.settings, self.metrics, self.draining = settings, metrics or Metrics(), None
         self.gate = Gate(settings.queue, settings.max_memory_mb << 20, self.metrics)
@@ -172,6 +149,8 @@ class Handler:
             await asyncio.wait_for(self._worker, 5)
         await self.decoders.close()
 
+# %% ../../nbs/deployment/06j_handler.ipynb #282fbd5f
+class _Life(_Started):
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
@@ -194,6 +173,8 @@ class Handler:
                 raise row
         return [entry for (_, name, _), row in zip(files, found) for entry in ([(name, row)] if isinstance(row, MedimgError) else row)]
 
+# %% ../../nbs/deployment/06j_handler.ipynb #64afc0b8
+class _Loading(_Life):
     async def answer(self, files, *, bundle: str | None = None, deadline_s: float | None = None) -> list:
         """Records for all studies in some files.
 
@@ -223,6 +204,8 @@ class Handler:
             raise errors[0] if errors else BadRequest("no picture was found", remedy="send a DICOM, PNG, JPEG, NumPy or NIfTI file")
         return [record for record, _ in results]
 
+# %% ../../nbs/deployment/06j_handler.ipynb #c24f7bab
+class _Answering(_Loading):
     async def _answered(self, batcher, source, study, deadline_s):
         try:
             if isinstance(study, MedimgError):
@@ -244,6 +227,31 @@ class Handler:
             return await self.decoders.load(b"", "paths", row["study_uid"], options={"paths": paths})
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
+# %% ../../nbs/deployment/06j_handler.ipynb #2a679f2b
+class Handler(_Answering):
+    """Bundles, decoders, store and jobs of one worker process.
+
+    Parameters
+    ----------
+    settings : ServiceSettings
+        Checked.
+    metrics : Metrics, optional
+        By default one in memory.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.deployment.bundle import toy_bundle, toy_images
+    >>> from medimg.plots import png_bytes
+    >>> folder = tempfile.mkdtemp()
+    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1)
+    >>> async def example():
+    ...     async with Handler(settings) as handler:
+    ...         return await handler.answer([(".png", "a.png", png_bytes(toy_images(2, seed=5)[0][1]))])
+    >>> asyncio.run(example())[0].label
+    'bright'
+    """
+
     async def _ask(self, row, study):
         batcher = self.batcher(row["bundle"])
         while True:
@@ -256,7 +264,7 @@ class Handler:
         await asyncio.to_thread(self.store.add_result, record)
         return record
 
-
+# %% ../../nbs/deployment/06j_handler.ipynb #e54b7950
 def _opened(name, settings):
     """A bundle behind its line. A small network runs fastest on one thread: waking a second one takes longer than the work."""
     from medimg.deployment.engine import Engine

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINISHED', 'Jobs', 'work_off', 'error_record', 'public', 'watch']
 
-# %% ../../nbs/deployment/06e_jobs.ipynb #abd9e5a2
+# %% ../../nbs/deployment/06e_jobs.ipynb #a085ad3a
 import asyncio
 import contextlib
 import json
@@ -15,41 +15,19 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
-
 from ..config import write_atomic
 from .batching import Overloaded
 from .front import NotFound, problem
 from .intake import Study
 from .prediction import Prediction
 from ..errors import MedimgError
-
 FINISHED = ("done", "failed", "cancelled")
 _TABLE = """CREATE TABLE IF NOT EXISTS jobs(id TEXT PRIMARY KEY, owner TEXT NOT NULL, bundle TEXT NOT NULL, kind TEXT, name TEXT, study_uid TEXT, state TEXT NOT NULL,
   done INTEGER NOT NULL DEFAULT 0, total INTEGER, wanted TEXT, pid INTEGER, tries INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, changed REAL NOT NULL, error TEXT, records TEXT) STRICT;
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs(state, created)"""
 
-
-class Jobs:
-    """Jobs of one service, in `folder`; for the threads and processes of one machine.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Made when absent; holds `jobs.sqlite3` and the bodies that wait.
-    most : int
-        Jobs that may be queued or running.
-    keep_hours : float
-        How long a finished job can be asked for.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> jobs = Jobs(tempfile.mkdtemp())
-    >>> number = jobs.submit(b"...", owner="dr.wu", bundle="pneumonia", kind=".png", name="a.png")
-    >>> jobs.get(number)["state"], jobs.claim()["id"] == number, jobs.get(number)["state"]
-    ('queued', True, 'running')
-    """
-
+# %% ../../nbs/deployment/06e_jobs.ipynb #52fcbde1
+class _JobTable:
     def __init__(self, folder, *, most: int = 100, keep_hours: float = 24.0):
         self.folder, self.most, self.keep_s, self._lock = Path(folder), most, keep_hours * 3600, threading.Lock()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,6 +41,8 @@ class Jobs:
         with self._lock:
             return self._db.execute(sql, values).fetchall()
 
+# %% ../../nbs/deployment/06e_jobs.ipynb #e0a7c96f
+class _JobLine(_JobTable):
     def submit(self, body: bytes | None, *, owner: str, bundle: str, kind: str = "", name: str = "", study_uid: str | None = None) -> str:
         """Keep a job; when this returns, `body` and row are on the disk.
 
@@ -98,6 +78,8 @@ class Jobs:
                   number, owner, bundle, kind, name, study_uid, now, now)
         return number
 
+# %% ../../nbs/deployment/06e_jobs.ipynb #8bb9f24b
+class _JobWork(_JobLine):
     def get(self, number: str) -> dict:
         """The job's row by its `number`: `state`, `done`, `total`, `error`, `records` (JSON of the predictions) and more; NotFound when there is none."""
         rows = self._run("SELECT * FROM jobs WHERE id=?", str(number))
@@ -128,6 +110,28 @@ class Jobs:
         rows = self._run("UPDATE jobs SET done=?, total=?, changed=? WHERE id=? RETURNING wanted", done, total, time.time(), number)
         return bool(rows) and rows[0][0] != "cancel"
 
+# %% ../../nbs/deployment/06e_jobs.ipynb #7f811ada
+class Jobs(_JobWork):
+    """Jobs of one service, in `folder`; for the threads and processes of one machine.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made when absent; holds `jobs.sqlite3` and the bodies that wait.
+    most : int
+        Jobs that may be queued or running.
+    keep_hours : float
+        How long a finished job can be asked for.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> jobs = Jobs(tempfile.mkdtemp())
+    >>> number = jobs.submit(b"...", owner="dr.wu", bundle="pneumonia", kind=".png", name="a.png")
+    >>> jobs.get(number)["state"], jobs.claim()["id"] == number, jobs.get(number)["state"]
+    ('queued', True, 'running')
+    """
+
     def finish(self, number: str, state: str, *, records=None, error: dict | None = None) -> None:
         """End job `number` in a `state` with its `records` or `error`; the body is removed."""
         self._run("UPDATE jobs SET state=?, records=?, error=?, pid=NULL, changed=? WHERE id=?", state, json.dumps(records) if records is not None else None,
@@ -157,7 +161,7 @@ class Jobs:
             self._run("DELETE FROM jobs WHERE id=?", row["id"])
             (self.folder / f"{row['id']}.body").unlink(missing_ok=True)
 
-
+# %% ../../nbs/deployment/06e_jobs.ipynb #16bfb4c6
 def _alive(pid):
     try:
         os.kill(pid, 0)

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['ROUTES', 'STATUSES', 'EDGES_S', 'COUNTERS', 'GAUGES', 'Metrics']
 
-# %% ../../nbs/deployment/06h_metrics.ipynb #c7b62149
+# %% ../../nbs/deployment/06h_metrics.ipynb #bee06ae2
 import bisect
 import mmap
 import os
 import struct
 from pathlib import Path
-
 ROUTES = ("predict", "jobs", "bundles", "dicomweb", "health", "page", "other")
 STATUSES = (200, 201, 202, 204, 206, 302, 303, 400, 401, 403, 404, 405, 406, 408, 409, 413, 415, 422, 429, 431, 500, 501, 503, 507)
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0)
 COUNTERS = ("answers_answered", "answers_refused", "answers_error", "decoder_restarts", "instances_stored", "instances_failed", "jobs_finished", "bytes_received")
 GAUGES = ("requests_in_flight", "bytes_in_flight")
-
 _NAMES = [*(("requests", route, status) for route in ROUTES for status in STATUSES), *(("took", route, edge) for route in ROUTES for edge in (*EDGES_S, "+Inf")),
           *(("seconds", route) for route in ROUTES), *(("counter", name) for name in COUNTERS), *(("gauge", name) for name in GAUGES)]
+
+
 _PLACE = {name: i for i, name in enumerate(_NAMES)}
 
-
+# %% ../../nbs/deployment/06h_metrics.ipynb #e44e5d6d
 class Metrics:
     """Counters of one worker process, in a file of its own when there are several.
 

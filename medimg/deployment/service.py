@@ -108,7 +108,7 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     rows = [record_json(record) for record in records]
     return (b'{"predictions":[' + b",".join(rows) + b'],"research_use":"' + RESEARCH_USE.encode() + b'"}' if several else rows[0]), records
 
-# %% ../../nbs/deployment/06_service.ipynb #f4bd073d
+# %% ../../nbs/deployment/06_service.ipynb #04bc9044
 def _service_class():
     import fastapi
 
@@ -129,7 +129,7 @@ def _service_class():
 
     return Service
 
-
+# %% ../../nbs/deployment/06_service.ipynb #9a5b6059
 async def _through_guard(app, scope, receive, send):
     at = {"start": time.perf_counter(), "request": new_request_id(), "status": 500, "started": False, "audited": False, "principal": None, "action": None, "error": None}
     label = "other"
@@ -158,7 +158,7 @@ async def _through_guard(app, scope, receive, send):
     finally:
         app.state.metrics.request(label, at["status"], time.perf_counter() - at["start"])
 
-# %% ../../nbs/deployment/06_service.ipynb #1759fc67
+# %% ../../nbs/deployment/06_service.ipynb #2c4ade3d
 def _closing():
     error = Late("the service is closing or not ready", remedy="ask again in a minute")
     error.retry_after = 5
@@ -193,7 +193,7 @@ def _log_fault(error, request_id):
     frames = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-4:]]
     logging.getLogger("medimg.service").error("request %s failed: %s at %s", request_id, type(error).__name__, " > ".join(frames))
 
-
+# %% ../../nbs/deployment/06_service.ipynb #ca4a2bf2
 async def _audit(app, scope, at):
     """One record for each access: who, what, how it ended, under which pseudonym the study; on the disk before the first byte of the answer."""
     if at["audited"] or at["action"] is None:
@@ -212,7 +212,7 @@ async def _audit(app, scope, at):
         event |= {"bundle": next((r.model["name"] for r in records if r.model), None), "study": app.state.auditor.study(study), "count": len(records)}
     await app.state.auditor.record(event)
 
-# %% ../../nbs/deployment/06_service.ipynb #fcd45887
+# %% ../../nbs/deployment/06_service.ipynb #0343fca2
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     """The application: give it to any ASGI server, or call `serve`.
 
@@ -258,7 +258,7 @@ async def _lifespan(app):
     await app.state.handler.stop()
     await app.state.auditor.close()
 
-
+# %% ../../nbs/deployment/06_service.ipynb #f0865839
 def _problems(app):
     """Refusals of FastAPI and Starlette in our form."""
     from fastapi.exceptions import RequestValidationError
@@ -331,7 +331,7 @@ def _predict_route(app):
 
     app.add_api_route("/v1/predict", predict, methods=["POST"], summary="Answer for one study, or for all in a form or archive", tags=["predict"])
 
-# %% ../../nbs/deployment/06_service.ipynb #607d49ba
+# %% ../../nbs/deployment/06_service.ipynb #f280678e
 def _job_routes(app):
     from fastapi import Request
     from starlette.responses import StreamingResponse
@@ -360,7 +360,7 @@ def _job_routes(app):
         _own_job(app, request, number)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-
+# %% ../../nbs/deployment/06_service.ipynb #bc7c968c
 async def _submitted(app, request):
     handler, settings = app.state.handler, app.state.settings
     query = _query(request.scope, {"bundle", "name", "study_uid"})
@@ -401,15 +401,21 @@ def _result_routes(app):
         except ServiceError as error:
             raise NotFound(error.what) from error
 
-# %% ../../nbs/deployment/06_service.ipynb #37502721
+# %% ../../nbs/deployment/06_service.ipynb #3b17dd6c
 _BODIES = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("application/octet-stream", "image/png", "image/jpeg", "application/dicom",
                                                                                   "application/x-npy", "application/zip")}
+
+
 _FORM = {"schema": {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}}
 _PROBLEM = {"type": "object", "required": ["type", "title", "status", "detail", "request_id"], "properties": {
     "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"}, "remedy": {"type": ["string", "null"]},
     "request_id": {"type": "string"}}}
+
+
 _QUERY = {"bundle": "Name of a served bundle; by default the first", "name": "What the file is called in the record", "store": "Keep the record (true or false)",
           "study_uid": "A study that is kept here, instead of a body"}
+
+
 _REFUSALS = {"400": "malformed", "401": "no valid key", "403": "not allowed", "404": "not there", "405": "another method", "406": "nothing that the client accepts", "408": "too slow", "409": "conflict", "413": "too large",
              "415": "a kind of content that is not read", "422": "cannot be processed", "429": "too many requests: see Retry-After", "503": "not ready: see Retry-After"}
 
@@ -424,7 +430,7 @@ def _describe(app):
 
     app.openapi = openapi
 
-
+# %% ../../nbs/deployment/06_service.ipynb #e98fb8cb
 def _described(document):
     import copy
 

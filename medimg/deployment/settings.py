@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ServiceSettings', 'load_settings', 'to_environ', 'from_environ']
 
-# %% ../../nbs/deployment/06i_settings.ipynb #676b038e
+# %% ../../nbs/deployment/06i_settings.ipynb #7eef41ab
 import ipaddress
 import json
 import os
@@ -15,8 +15,29 @@ from pathlib import Path
 from ..errors import ConfigError, nearest
 
 
+class _Checked:
+    """What the settings say about themselves."""
+
+    def checked(self) -> "ServiceSettings":
+        """The settings themselves, or ConfigError saying which of them is wrong."""
+        _check_numbers(self)
+        _check_exposure(self)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the service keeps things."""
+        from medimg.config import cache_dir
+        return Path(self.store).expanduser() if self.store else cache_dir() / "service"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return _is_loopback(self.host)
+
+# %% ../../nbs/deployment/06i_settings.ipynb #72659d3e
 @dataclass(frozen=True)
-class ServiceSettings:
+class ServiceSettings(_Checked):
     """How a service runs; see `load_settings`.
 
     Examples
@@ -57,23 +78,6 @@ class ServiceSettings:
     burst: int = 100                            # requests that a key may make at once
     jobs: int = 100                             # jobs that may wait
     lean: bool = True                           # answer /v1/predict before FastAPI
-
-    def checked(self) -> "ServiceSettings":
-        """The settings themselves, or ConfigError saying which of them is wrong."""
-        _check_numbers(self)
-        _check_exposure(self)
-        return self
-
-    @property
-    def folder(self) -> Path:
-        """Where the service keeps things."""
-        from medimg.config import cache_dir
-        return Path(self.store).expanduser() if self.store else cache_dir() / "service"
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can connect."""
-        return _is_loopback(self.host)
 
 # %% ../../nbs/deployment/06i_settings.ipynb #29fbf6eb
 def _is_loopback(host):
