@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_together', 'Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #9b7a2d0e
+# %% ../../nbs/deployment/06c_batching.ipynb #c7b3ca26
 import asyncio
 import collections
 import time
@@ -52,7 +52,7 @@ def answer_together(bundle, studies) -> list:
     >>> from medimg.deployment.intake import Study
     >>> bundle, pictures = toy_bundle(tempfile.mkdtemp() + "/toy"), toy_images(4, seed=5)[0]
     >>> [p.label for p in answer_together(bundle, [Study(f"{i}.png", p) for i, p in enumerate(pictures)])]
-    ['dark', 'bright', 'dark', 'bright']
+    ['dark', 'bright', 'bright', 'bright']
     """
     if bundle.task not in _TOGETHER or len(bundle.manifest["input"]["shape"]) != 3:
         return [_one(bundle, study) for study in studies]

@@ -266,7 +266,7 @@ def _place(url, row, level):
     series = f"{url}/studies/{row['study_uid']}/series/{row['series_uid']}"
     return series if level == "series" else f"{series}/instances/{row['sop_uid']}"
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #541f1cae
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #c1844925
 _BULK, _BULK_VR = 1024, {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
 
 
@@ -286,6 +286,7 @@ def metadata_of(path, *, url: str) -> str:
 
     Examples
     --------
+    >>> import json
     >>> from pydicom.data import get_testdata_file
     >>> "BulkDataURI" in json.loads(metadata_of(get_testdata_file("CT_small.dcm"), url="u"))["7FE00010"]
     True
