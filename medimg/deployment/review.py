@@ -249,7 +249,7 @@ def language_of(request) -> str:
             return wish
     return "en"
 
-# %% ../../nbs/deployment/06b_review.ipynb #592c0ff9
+# %% ../../nbs/deployment/06b_review.ipynb #120a18da
 def study_view(store, result: dict | None, study: dict | None, lang: str = "en") -> dict:
     """What the study page says, in words; the pictures apart.
 
@@ -274,7 +274,8 @@ def study_view(store, result: dict | None, study: dict | None, lang: str = "en")
     record = result["record"] if result else {"status": "unasked", "study": None, "source": "", "probability": None, "findings": [], "classes": None, "model": None, "label": None}
     told = [] if result is None else store.labels(result["id"])
     return {"id": result and result["id"], "status": record["status"], "patient": patient_of(study, record, lang), **headline(record, lang), "bars": _bars(record, lang),
-            "words": in_words(record, lang) if result else [say("unasked_words", lang)], "findings": finding_rows(record, lang), "classes": _choices(record, lang),
+            "words": in_words(record, lang) if result else [say("unasked_words", lang)], "findings": finding_rows(record, lang),
+            "editable": record["status"] == "answered" and not record["probability"], "classes": _choices(record, lang),
             "reasons": [_foreign(t, lang) for t in _reasons(record)], "warnings": [_foreign(t, lang) for t in record.get("warnings") or ()],
             "recommendations": [_recommended(r) for r in record.get("recommendations") or () if isinstance(r, dict)], "model": record["model"],
             "origin": say(f"origin_{o}", lang) if record["model"] and (o := record["model"]["origin"]) in ("shipped", "signed", "unsigned", "unverified") else
@@ -703,7 +704,7 @@ def _data_routes(site):
 def _whole(text, default):
     return default if text is None else int(text) if text.isascii() and text.isdigit() and len(text) < 8 else -1
 
-# %% ../../nbs/deployment/06b_review.ipynb #74a1e7a9
+# %% ../../nbs/deployment/06b_review.ipynb #b5ad25fd
 def _picture_routes(site):
     from starlette.responses import Response
 
@@ -718,11 +719,12 @@ def _picture_routes(site):
     def shot(request, principal, lang, form):
         result = _result_of(site, request)
         pixels, layers, _ = site.shown(result)
-        n = _whole(request.path_params["n"], 0)
-        place = place_of(pixels, result["record"]["findings"][n - 1]) if pixels is not None and 0 < n <= len(result["record"]["findings"]) else None
+        n, field = _whole(request.path_params["n"], 0), _whole(request.query_params.get("mm"), None)
         if pixels is None:
             raise DicomError("no images", remedy="send them")
-        image = render(pixels, place["z"] if place else len(pixels.array) // 2, mask=layers.get("mask"), heat_map=layers.get("heat_map") if n else None, mark=place, height=640)
+        place = place_of(pixels, result["record"]["findings"][n - 1]) if 0 < n <= len(result["record"]["findings"]) else None
+        image = render(pixels, place["z"] if place else len(pixels.array) // 2, mask=layers.get("mask"), heat_map=layers.get("heat_map") if n else None, mark=place,
+                       field_mm=field or None, height=560)
         return Response(png_bytes(image), media_type="image/png")
 
     def paper(request, principal, lang, form):
@@ -732,9 +734,11 @@ def _picture_routes(site):
         for row, finding in zip(v["findings"], result["record"]["findings"]):
             place = place_of(pixels, finding) if pixels is not None else None
             row["slice"] = place["z"] + 1 if place and len(pixels.array) > 1 else None
-            if place and len(shots) < 9:
+            if place and len(shots) < 12:
                 text = [say("finding_n", lang, n=row["n"]), row["title"], f"{say('slice', lang)} {row['slice']} / {len(pixels.array)}" if row["slice"] else ""]
                 shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png", "text": " · ".join(filter(None, text))})
+                if "radius_mm" in place:
+                    shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png?mm=80", "text": " · ".join((text[0], say("field", lang, mm=80)))})
         if pixels is not None and (len(pixels.array) == 1 or not shots):
             shots.insert(0, {"src": f"{base}/shot/{v['id']}/0.png", "text": v["patient"]["modality"] or say("images", lang)})
         return site.page(request, "review_print.html.j2", lang, principal=principal, v=v, shots=shots, now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"))

@@ -132,7 +132,7 @@ def _add_ct_patient(store, seed, folder, shape, spacing):
     answer, mask = truth_answer(now, second, before=_BEFORE, prior_uid=first["study_uid"])
     return store.add_result(prior, mask=prior_mask), store.add_result(answer, mask=mask)
 
-# %% ../../nbs/deployment/06r_showcase.ipynb #22f3931a
+# %% ../../nbs/deployment/06r_showcase.ipynb #da077c1b
 def _add_radiographs(store, folder):
     """An opacity, a clear film, and one that shows no chest: result ids by kind."""
     from medimg.data.phantom import draw_anatomy, draw_opacity, radiograph
@@ -180,6 +180,7 @@ def fill_store(store, *, seed: int = 7, shape=(100, 224, 224), spacing_mm=(3.0, 
     with tempfile.TemporaryDirectory() as folder:
         out = _add_radiographs(store, Path(folder))
         out["prior"], out["ct"] = _add_ct_patient(store, seed, Path(folder), shape, spacing_mm)
+        store.add_label(out["prior"], user="dr.lee", verdict="agree", comment="as last year")
         unasked = thorax_phantom(seed + 1, shape=(20, 112, 112), spacing_mm=(15.0, 3.2, 3.2), nodules=0)
         _add_ct(store, unasked, seed + 1, Path(folder), PatientName="Meyer^Jonas", StudyDescription="CT chest")
     return out

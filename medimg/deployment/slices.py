@@ -6,10 +6,10 @@
 __all__ = ['Pixels', 'picture_pixels', 'stored_values', 'volume_pixels', 'presets', 'SliceCache', 'pixels_of', 'place_of',
            'render']
 
-# %% ../../nbs/deployment/06q_slices.ipynb #7d2df352
+# %% ../../nbs/deployment/06q_slices.ipynb #4a425862
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -344,8 +344,9 @@ def place_of(pixels: Pixels, finding: dict) -> dict | None:
     inside = all(-0.5 <= place.get(k, 0) <= n - 0.5 for k, n in zip("zyx", shape[:3]))
     return place if inside else None
 
-# %% ../../nbs/deployment/06q_slices.ipynb #fb510f9e
-def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mark: dict | None = None, height: int = 480) -> np.ndarray:
+# %% ../../nbs/deployment/06q_slices.ipynb #11811b94
+def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mark: dict | None = None, field_mm: float | None = None,
+           height: int = 480) -> np.ndarray:
     """One slice as a picture with its overlay.
 
     Parameters
@@ -359,6 +360,8 @@ def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mar
         Outlined in yellow; laid over in colours.
     mark : dict, optional
         From `place_of`: a circle or a box.
+    field_mm : float, optional
+        Only so many millimetres around the mark; nothing is drawn over a detail but the outline.
     height : int
         Of the picture, in pixels.
 
@@ -379,6 +382,8 @@ def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mar
     import cv2
     if not 0 <= z < len(pixels.array):
         raise GeometryError(f"no slice {z} of {len(pixels.array)}")
+    if field_mm and mark and "y" in mark and pixels.spacing_mm:
+        pixels, mask, heat_map, mark = _detail(pixels, mask, heat_map, mark, field_mm)
     _, dy, dx = pixels.spacing_mm or (1, 1, 1)
     rows, columns = pixels.array.shape[1:3]
     size = (max(16, round(height * columns * dx / (rows * dy))), height)
@@ -391,6 +396,18 @@ def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mar
         edges, _ = cv2.findContours((smooth > 127).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(image, edges, -1, (255, 214, 90), 1, cv2.LINE_AA)
     return _marked(image, mark, scale, dy) if mark and "y" in mark else image
+
+
+def _detail(pixels, mask, heat_map, mark, field_mm):
+    """Everything cut to a square around the mark, moved inwards at the edge; no mark."""
+    rows, columns = pixels.array.shape[1:3]
+    cut = []
+    for at, n, step in ((mark["y"], rows, pixels.spacing_mm[1]), (mark["x"], columns, pixels.spacing_mm[2])):
+        size = min(n, max(8, round(field_mm / step)))
+        first = int(min(max(0, round(at - size / 2)), n - size))
+        cut.append(slice(first, first + size))
+    some = (slice(None), *cut)
+    return replace(pixels, array=pixels.array[some]), *(None if a is None else a[some] for a in (mask, heat_map)), None
 
 
 def _grey(pixels, z, window):

@@ -111,7 +111,7 @@ export class Viewer {
         const label = over[i];
         if (!label) continue;
         data.set(COLOURS[(label - 1) % COLOURS.length], 4 * i);
-        data[4 * i + 3] = 70;
+        data[4 * i + 3] = 40;
         const x = i % this.columns, y = (i - x) / this.columns, path = this.edges.get(label) || new Path2D();
         if (!x || over[i - 1] !== label) { path.moveTo(x, y); path.lineTo(x, y + 1); }
         if (x === this.columns - 1 || over[i + 1] !== label) { path.moveTo(x + 1, y); path.lineTo(x + 1, y + 1); }
