@@ -9,7 +9,7 @@ UV := $(shell command -v uv 2>/dev/null)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 
-NAME ?= phantom-cxr pneumonia
+NAME ?= phantom-cxr pneumonia phantom-lungs phantom-nodules
 NOTEBOOKS ?=
 SUBJECT ?= *
 FUZZ_SECONDS ?= 600

@@ -113,7 +113,7 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     _note_data(out, dataset.meta.get("loaded"))
     return run
 
-# %% ../nbs/foundations/api.ipynb #2cb1b541
+# %% ../nbs/foundations/api.ipynb #26a56cbe
 def _training_data(dataset, recipe, profile, data, n, *, quiet):
     """The images by name or as given, as many as recipe and profile allow, without those that occur in a later fold."""
     from medimg.data.datasets import drop_shared
@@ -138,6 +138,9 @@ def _load(name, data, n, *, seed=0, quiet=True):
     import sys
 
     from medimg.data.datasets import load_dataset
+    from medimg.data.scans import MADE_HERE, load_scans
+    if name in MADE_HERE:
+        return load_scans(name, n=n)
     dataset = load_dataset(name, data=data, n=n, seed=seed, quiet=quiet)
     stands_in = bool(dataset.meta.get("stand_in_for"))
     if stands_in and data == "auto":
@@ -232,19 +235,19 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #3a14df4f
+# %% ../nbs/foundations/api.ipynb #e504376c
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
     Parameters
     ----------
-    run_or_bundle : str or Path
-        Run folder, bundle folder or file, or the name of a shipped bundle.
+    run_or_bundle : str, Path or Bundle
+        Run folder, bundle folder or file, or the name of a shipped bundle; or an opened one.
 
     Returns
     -------
     (Predictor, dict)
-        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks; else None), `trained_on` (checksum), `seed`, `version`.
+        The facts: `name`, `dataset`, `task`, `classes`, `threshold` (binary tasks a number, multilabel ones a list; else None), `trained_on` (checksum), `seed`, `version`.
 
     Raises
     ------
@@ -256,7 +259,7 @@ def load_predictor(run_or_bundle):
     >>> load_predictor("pneumonia")[1]["classes"]                                           # doctest: +SKIP
     ['normal', 'pneumonia']
     """
-    folder = Path(run_or_bundle)
+    folder = Path(getattr(run_or_bundle, "path", run_or_bundle))
     if (folder / "run.json").is_file():
         from medimg.data.preprocess import Preprocessor
         from medimg.models.networks import load_model
@@ -266,13 +269,14 @@ def load_predictor(run_or_bundle):
         predictor = KerasPredictor(load_model(folder / "model.keras"), Preprocessor.load(folder / "preprocess.json"), run.classes, run.task)
         return predictor, {"name": run.name, "dataset": run.dataset["name"], "task": run.task, "classes": list(run.classes), "threshold": run.threshold,
                            "trained_on": run.dataset["checksum"], "seed": run.seed, "version": None}
-    bundle = load_bundle(run_or_bundle)
+    bundle = run_or_bundle if hasattr(run_or_bundle, "manifest") else load_bundle(run_or_bundle)
     m = bundle.manifest
-    threshold = m["thresholds"].get(m["classes"][1]) if m["task"] == "binary" else None
+    cuts = m["thresholds"] or {}
+    threshold = cuts.get(m["classes"][1]) if m["task"] == "binary" else [cuts.get(c, 0.5) for c in m["classes"]] if m["task"] == "multilabel" else None
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #17ce72d8
+# %% ../nbs/foundations/api.ipynb #d5a59750
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True, card: Path | str | None = None) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -312,48 +316,85 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     >>> evaluate("runs/p", split="val")["metrics"]["auc"]["value"] > 0.9                   # doctest: +SKIP
     True
     """
-    from medimg.evaluation.metrics import evaluate_classification
-    if str(run_or_bundle).endswith(".npz"):
-        return _evaluate_answers(run_or_bundle, dataset, split, {"n_boot": n_boot, "seed": seed}, data, n, log, card, quiet=not progress)
-    predictor, facts = load_predictor(run_or_bundle)
+    from medimg.evaluation.answers import judge_answers
+    from medimg.evaluation.card import card_folder
+    folder = None if card is None else card_folder(card)
+    predictor, facts, given = _who_answers(run_or_bundle)
     if dataset is None or isinstance(dataset, str):
-        dataset = _data_for(run_or_bundle, facts, dataset, data, n, quiet=not progress)
-    if list(dataset.classes) != facts["classes"]:
-        raise DatasetError(f"{dataset.name} has the classes {list(dataset.classes)}, the model {facts['classes']}", remedy="choose a data set of the same question")
+        dataset = _asked_data(run_or_bundle, facts, given, dataset, data, n, quiet=not progress)
+    _same_question(dataset, facts, given)
     part = dataset.split(split)
-    p, threshold = predictor.predict(part.images), 0.5 if facts["threshold"] is None else facts["threshold"]
-    estimates = evaluate_classification(part.labels, p, classes=facts["classes"], task=facts["task"], threshold=threshold,
-                                        groups=part.patient_ids, n_boot=n_boot, seed=seed)
-    result = _judged_facts(facts, dataset, split, part, estimates, "evaluate_classification", n_boot, log)
-    if card is not None:
-        from medimg.evaluation.questions import Answers
-        answers = Answers(part.labels, p, tuple(facts["classes"]), facts["task"], threshold, part.patient_ids, tuple(part.image_ids), n_boot, seed)
-        result["card"] = _write_card(card, result, answers, part, predictor, dataset.split("val") if split == "test" and "val" in dataset.splits else None)
+    given = given or _fold_answers(predictor, facts, part)
+    estimates, sections = judge_answers(given, part, n_boot=n_boot, seed=seed)
+    made = None if folder is None else sections(**_asked_again(predictor, given, dataset, split, part))
+    result = _judged_facts(facts, dataset, split, part, estimates, given["kind"], n_boot, log)
+    if made:
+        result["card"] = _write_card(folder, result, *made, part, getattr(predictor, "manifest", None))
     return result
 
-# %% ../nbs/foundations/api.ipynb #341cc1cb
-def _judged_facts(facts, dataset, split, part, estimates, metric, n_boot, log):
+# %% ../nbs/foundations/api.ipynb #3bbc0bd9
+def _who_answers(run_or_bundle):
+    """(predictor, facts, None) of a run or bundle; (None, facts, answers) of a file of answers."""
+    if not str(run_or_bundle).endswith(".npz"):
+        return *load_predictor(run_or_bundle), None
+    from medimg.evaluation.answers import read_answers
+    given = read_answers(run_or_bundle)
+    facts = {"name": given["name"], "dataset": None, "task": {"points": "detection"}.get(given["kind"], given["kind"]), "classes": None, "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
+    return None, facts, given
+
+
+def _asked_data(run_or_bundle, facts, given, name, data, n, *, quiet):
+    """The images to be judged on; answers must say on which."""
+    if given is None:
+        return _data_for(run_or_bundle, facts, name, data, n, quiet=quiet)
+    if name is None:
+        raise ConfigError("answers to which images?", path=Path(run_or_bundle), remedy="name the data set, as in medimg evaluate answers.npz pneumoniamnist")
+    return _load(name, data, n, quiet=quiet)
+
+
+def _same_question(dataset, facts, given):
+    """Refuse a data set with other classes than the model; a background is no class. Answers have the classes of the data set."""
+    if given is not None:
+        facts |= {"classes": list(dataset.classes), "dataset": dataset.name}
+    drawn = facts["task"] in ("segmentation", "detection")
+    asked, known = ([c for c in names if not (drawn and str(c).lower() == "background")] for names in (dataset.classes, facts["classes"]))
+    if asked != known:
+        raise DatasetError(f"{dataset.name} has the classes {list(dataset.classes)}, the model {facts['classes']}", remedy="choose a data set of the same question")
+
+
+def _fold_answers(predictor, facts, part):
+    """What a model answers to the images of a fold, in the form of a file of answers."""
+    if facts["task"] in ("segmentation", "detection"):
+        from medimg.deployment.located import fold_answers
+        return fold_answers(predictor, part)
+    return {"kind": "classification", "image_ids": part.image_ids, "p": predictor.predict(part.images), **{k: facts[k] for k in ("name", "version", "threshold", "task")}}
+
+
+def _asked_again(predictor, given, dataset, split, part):
+    """What the sections of a classifier may ask the model itself: validation images for sets, worse images, maps."""
+    if predictor is None or given["kind"] != "classification":
+        return {}
+    val = dataset.split("val") if split == "test" and "val" in dataset.splits else None
+    return {"predict": predictor.predict, "calibration": None if val is None else (val.labels, predictor.predict(val.images)),
+            "maps": (predictor.cam, part.masks) if part.images.ndim == 3 and hasattr(predictor, "cam") else None}
+
+# %% ../nbs/foundations/api.ipynb #60130f76
+def _judged_facts(facts, dataset, split, part, estimates, kind, n_boot, log):
     """The result of an evaluation; a look at a test fold goes into the ledger."""
     from medimg.experiments.protocol import log_test_read
     reads = log_test_read(log or cache_dir() / "test_reads.jsonl", dataset=dataset.name, checksum=dataset.checksum, split=split, model=facts["name"],
-                          version=facts["version"], metric=metric) if split == "test" else None
+                          version=facts["version"], metric=f"evaluate: {kind}") if split == "test" else None
     return {**facts, "dataset": dataset.name, "source": dataset.source, "checksum": dataset.checksum, "split": split, "n": len(part),
             "same_data": _is_set(dataset, facts["trained_on"]) if facts["trained_on"] else None,
             "interval": "patient-level" if part.patient_ids is not None else "image-level: no patient ids, so too narrow", "n_boot": n_boot,
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
 
-def _write_card(folder, result, answers, part, predictor, val):
-    """The whole evaluation of a classifier as a card in a folder; returns the paths as text."""
-    from medimg.evaluation.answers import about_data, attributes_of, card_points
+def _write_card(folder, result, sections, warnings, part, manifest):
+    """Sections with their head and the checklist, as a card in a folder; returns the paths as text."""
+    from medimg.evaluation.answers import about_data, card_points
     from medimg.evaluation.card import make_card, write_card
-    from medimg.evaluation.questions import classifier_sections
-    attributes, manifest = attributes_of(part), getattr(predictor, "manifest", None)
-    calibration = None if val is None else (val.labels, predictor.predict(val.images))
-    sections, warnings = classifier_sections(answers, attributes=attributes, images=part.images, calibration=calibration, predict=predictor.predict,
-                                             maps=(predictor.cam, part.masks) if part.images.ndim == 3 and hasattr(predictor, "cam") else None)
-    points = card_points(part, result, manifest, sections)
-    made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=points, warnings=_seen_before(result) + warnings)
+    made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=card_points(part, result, manifest, sections), warnings=_seen_before(result) + warnings)
     return {kind: str(path) for kind, path in write_card(made, folder).items()}
 
 
@@ -368,36 +409,19 @@ def _about_model(result, manifest):
     facts = {k: result[k] for k in ("name", "version", "task", "classes", "threshold", "seed") if result.get(k) is not None}
     facts["intended use"] = f"{RESEARCH_USE}: to learn from and to study; no decision about a patient may rest on it"
     if manifest:
+        shape = manifest["input"]["shape"]
+        axes = ("z", "y", "x", "channels")[-len(shape):]
         facts |= {"made": manifest["created"], "digest": manifest["digest"], "trained on": manifest["training"]["dataset"], "trained on people": manifest["population"]["description"],
-                  "takes": f"{', '.join(manifest['input']['modality'] or ['any'])}, {' × '.join(map(str, manifest['input']['shape']))} (y, x, channels)",
+                  "takes": f"{', '.join(manifest['input'].get('modality') or ['any'])}, {' × '.join('any' if side is None else str(side) for side in shape)} ({', '.join(axes)})",
                   "licence of the code": manifest["licence"]["code"], "licence of the data": manifest["licence"]["data"], "cite": manifest["licence"]["citation"]}
     return facts
 
-# %% ../nbs/foundations/api.ipynb #038d33f4
-def _evaluate_answers(file, dataset, split, boots, data, n, log, card, *, quiet):
-    """Judge a file of answers: of a classifier, a segmentation or a detector."""
-    from medimg.evaluation.answers import about_data, card_points, judge_answers, read_answers
-    from medimg.evaluation.card import make_card, write_card
-    given = read_answers(file)
-    if dataset is None:
-        raise ConfigError("answers to which images?", path=Path(file), remedy="name the data set, as in medimg evaluate answers.npz pneumoniamnist")
-    if isinstance(dataset, str):
-        dataset = _load(dataset, data, n, quiet=quiet)
-    part = dataset.split(split)
-    metrics, sections, warnings = judge_answers(given, part, **boots)
-    facts = {"name": given["name"], "dataset": dataset.name, "task": given["kind"], "classes": list(dataset.classes), "version": given["version"], "threshold": given["threshold"], "trained_on": None, "seed": None}
-    result = _judged_facts(facts, dataset, split, part, metrics, f"answers: {given['kind']}", boots["n_boot"], log)
-    if card is not None:
-        made = make_card(_about_model(result, None), about_data(part, result), sections, points=card_points(part, result, None, sections), warnings=warnings)
-        result["card"] = {kind: str(path) for kind, path in write_card(made, card).items()}
-    return result
-
-# %% ../nbs/foundations/api.ipynb #b8ea9102
+# %% ../nbs/foundations/api.ipynb #6a397093
 def _is_set(dataset, checksum):
     """Whether a training with this checksum had these images: all of them, without those in a later fold, or, as in a search, without the test fold too."""
     from medimg.data.datasets import drop_shared, select
-    if dataset.checksum == checksum:
-        return True
+    if dataset.checksum == checksum or not hasattr(dataset, "groups"):
+        return dataset.checksum == checksum
     clean = drop_shared(dataset, quiet=True)
     return checksum in (clean.checksum, select(clean, clean.splits != "test").checksum)
 
@@ -405,11 +429,12 @@ def _is_set(dataset, checksum):
 def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
     """The images to evaluate: by default those of the training, loaded as they were then; a real set that is not here is an error."""
     from medimg.data.datasets import dataset_info, find_dataset
-    kept = _noted_data(run_or_bundle) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
+    from medimg.data.scans import MADE_HERE
+    kept = _noted_data(getattr(run_or_bundle, "path", run_or_bundle)) or {"name": facts["dataset"], "data": "auto", "n": recipe_for(facts["dataset"]).n, "seed": 0}
     if name not in (None, kept["name"], facts["dataset"]):
         kept = {"name": name, "data": "auto", "n": None, "seed": 0}
     data = kept["data"] if data == "auto" else data
-    if data == "auto" and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
+    if data == "auto" and kept["name"] not in MADE_HERE and dataset_info(kept["name"]).url and find_dataset(kept["name"]) is None:
         raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
     return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
 

@@ -5,12 +5,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["MEDIMG_TRUST"] = os.path.join(tempfile.mkdtemp(prefix="medimg-trust-"), "none")      # no key and no trust list of whoever runs the tests
+for _name in ("MEDIMG_ALLOW_UNSIGNED", "MEDIMG_BUNDLE_KEY", "MEDIMG_BUNDLE_KEY_FILE"):
+    os.environ.pop(_name, None)
 
 import pytest  # noqa: E402
 

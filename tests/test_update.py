@@ -39,6 +39,15 @@ def cohort(name, n=320, seed=0, dark=False, **changes):
 OLD, NEW = cohort("old"), cohort("new", seed=1, dark=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def local_key(tmp_path_factory):
+    """A user who ran `medimg trust init` once: bundles made here are signed and may be opened again."""
+    from medimg.deployment import trust
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIMG_TRUST", str(tmp_path_factory.mktemp("trust") / "trust"))
+        yield trust.init("tests")
+
+
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory):
     """A run and its bundle side by side, as `reproduce` leaves them."""
@@ -180,6 +189,7 @@ def test_a_better_challenger_is_promoted_and_knows_its_parent(champion, promoted
     out, result = promoted
     assert result["promoted"], result["verdict"]
     old, new = Bundle.load(champion / "bundle"), Bundle.load(out / "bundle")
+    assert old.origin == new.origin == "signed by tests" and new.warnings == ()
     assert (new.name, new.version) == ("spots", "1.5") and new.manifest["digest"] == result["bundle"]["digest"]
     step = new.manifest["training"]["updates"]
     assert [s["parent"] for s in step] == [{"name": "spots", "version": "1.4", "digest": old.digest}]

@@ -6,9 +6,10 @@
 __all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'PICTURES', 'OTHERS', 'Study', 'decode_picture', 'check_range', 'study_of',
            'find_studies']
 
-# %% ../../nbs/deployment/03b_intake.ipynb #d384c63c
+# %% ../../nbs/deployment/03b_intake.ipynb #ba0231f4
 import hashlib
 import os
+import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ class Study:
         The fields of `STUDY_FIELDS`; None when the file does not say.
     reasons, warnings : tuple of str
         What already speaks against an answer; what to bear in mind.
+    volume : Volume, optional
+        The whole stack, where it was asked for; `image` is then its middle slice.
 
     Examples
     --------
@@ -50,11 +53,13 @@ class Study:
     facts: dict = field(default_factory=lambda: dict.fromkeys(STUDY_FIELDS))
     reasons: tuple = ()
     warnings: tuple = ()
+    volume: object | None = None
 
     @property
     def sha256(self) -> str:
-        """Hash of shape and grey values: equal pictures have equal hashes, whatever the file."""
-        return hashlib.sha256(f"{self.image.shape}".encode() + np.ascontiguousarray(self.image).tobytes()).hexdigest()
+        """Hash of shape and values, of the stack where there is one: equal pictures have equal hashes, whatever the file."""
+        array = self.image if self.volume is None else self.volume.array
+        return hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 # %% ../../nbs/deployment/03b_intake.ipynb #03c48ada
 def decode_picture(source) -> tuple:
@@ -126,7 +131,7 @@ def _load_npy(path):
         raise DatasetError(f"{array.shape[2]} channels", path=path, remedy="save one picture (y, x) or (y, x, 3)")
     return Study(path.name, np.clip(np.rint(array), 0, 255).astype(np.uint8), reasons=check_range(array))
 
-# %% ../../nbs/deployment/03b_intake.ipynb #1a0081bc
+# %% ../../nbs/deployment/03b_intake.ipynb #4340ddcc
 _FLAT = {"DX", "CR", "MG", "PX", "IO", "RG", "XC", "OP", "ES", "GM", "SM"}      # modalities in which each file is a picture of its own
 
 
@@ -136,8 +141,11 @@ def _patient_key(patient_id):
     return hmac.new(key.encode(), patient_id.encode(), "sha256").hexdigest()[:16] if key and patient_id else None
 
 
-def study_of(volume, source: str) -> Study:
-    """A `Study` from a Volume: the picture itself when z is 1, else the middle slice with the reason to refuse it.
+_FLAT_REASON = ("a single picture, not a stack of slices",)
+
+
+def study_of(volume, source: str, *, stacks: bool = False) -> Study:
+    """A `Study` from a Volume: the picture itself when z is 1, else the middle slice with the reason to refuse it, or with the stack.
 
     Parameters
     ----------
@@ -145,6 +153,8 @@ def study_of(volume, source: str) -> Study:
         As read from DICOM or NIfTI.
     source : str
         File name for the record.
+    stacks : bool
+        Keep the stack, for a model that reads volumes, to which a single picture is the reason to refuse.
 
     Returns
     -------
@@ -161,18 +171,19 @@ def study_of(volume, source: str) -> Study:
     facts = {key: meta.get(key) or None for key in STUDY_FIELDS}
     facts |= {"modality": volume.modality or None, "patient_key": _patient_key(str(meta.get("patient_id") or "")), "shape": [int(s) for s in volume.shape]}
     image = volume.crop(z=slice(z // 2, z // 2 + 1)).display()[0]
-    reasons = (f"a stack of {z} slices, not a single picture",) if z > 1 else ()
+    reasons = (f"a stack of {z} slices, not a single picture",) if z > 1 and not stacks else ()
+    reasons = _FLAT_REASON if z == 1 and stacks else reasons
     warnings = ("the picture was compressed with loss before it arrived",) if meta.get("lossy") else ()
-    return Study(source, np.ascontiguousarray(image), facts, reasons, warnings)
+    return Study(source, np.ascontiguousarray(image), facts, reasons, warnings, volume if stacks and z > 1 else None)
 
 
-def _load_nifti(path):
+def _load_nifti(path, stacks=False):
     from medimg.data.volume import Volume
     volume = Volume.from_nifti(path)
     if volume.array.ndim == 4:
         raise DatasetError(f"a NIfTI image with four axes {volume.shape}: a series in time or in channels, not a picture", path=path,
                            remedy="save one picture (x, y, 1)")
-    return study_of(volume, path.name)
+    return study_of(volume, path.name, stacks=stacks)
 
 
 def _load_picture(path):
@@ -231,22 +242,44 @@ def _job(source, function, *args):
             raise DatasetError(f"cannot be read ({type(error).__name__})", path=source, remedy="copy or export the file again") from error
     return source, load
 
-# %% ../../nbs/deployment/03b_intake.ipynb #9198b768
-def _load_series(series):
-    """A stack: its middle file is read alone, for the answer will be a refusal."""
+# %% ../../nbs/deployment/03b_intake.ipynb #bb768416
+def _load_series(series, stacks=False):
+    """A stack: whole for a model that reads stacks; else its middle file alone, for the answer will be a refusal."""
     files = series.files
+    if stacks:
+        return _load_stack(series)
     study = _load_file(files[len(files) // 2])
     facts = {**study.facts, "shape": [int(s) for s in series.shape]}
     reasons = study.reasons or (f"a stack of {series.shape[0]} slices, not a single picture",)
     return Study(Path(files[0]).parent.name, study.image, facts, reasons, study.warnings)
 
 
-def _load_file(file):
+def _load_stack(series):
+    """All slices of a series as one Volume, pixels decoded in another process; a series in time is refused, uneven slices are brought to an even grid."""
+    from medimg.data.dicom import read
+    volume = read(series, isolate=True)
+    if isinstance(volume, list):
+        raise DatasetError(f"a series of {len(volume)} moments, not one stack", path=Path(series.files[0]).parent.name, remedy="send one time point")
+    if not volume.is_regular:
+        volume = read(series, isolate=True, resample=True)
+    study = study_of(volume, Path(series.files[0]).parent.name, stacks=True)
+    warnings = tuple(f"{f.text}" for f in series.findings)
+    return replace(study, facts={**study.facts, "study_date": _day(series.headers[0])}, warnings=(*study.warnings, *warnings))
+
+
+def _day(header):
+    """The day of the study as ISO 8601, from the acquisition, series or study date; None where no date can be read."""
+    found = next((v for k in ("AcquisitionDate", "SeriesDate") if (v := header.get(k))), None) or header.full().get("StudyDate")
+    text = re.sub(r"\D", "", str(found or ""))[:8]
+    return f"{text[:4]}-{text[4:6]}-{text[6:]}" if len(text) == 8 else None
+
+
+def _load_file(file, stacks=False):
     """One DICOM file, its pixels decoded in another process: what a stranger sends must not end the service."""
     from medimg.data.dicom import read
     volume = read([file], isolate=True)
     if not isinstance(volume, list):
-        return study_of(volume, Path(file).name)
+        return study_of(volume, Path(file).name, stacks=stacks)
     study = study_of(volume[len(volume) // 2], Path(file).name)
     return replace(study, reasons=(f"a film of {len(volume)} moments, not a single picture", *study.reasons))
 
@@ -254,8 +287,8 @@ def _load_file(file):
 def _raise(error):
     raise error
 
-# %% ../../nbs/deployment/03b_intake.ipynb #019afdee
-def _dicom_jobs(group, labels):
+# %% ../../nbs/deployment/03b_intake.ipynb #e52498fa
+def _dicom_jobs(group, labels, stacks=False):
     from medimg.data.dicom import scan
     place = _places(group[0], labels)
     try:
@@ -265,9 +298,9 @@ def _dicom_jobs(group, labels):
         return
     for series in table.images:
         if series.modality in _FLAT or len(series.files) == 1:
-            yield from (_job(_source(place, f), _load_file, f) for f in series.files)
+            yield from (_job(_source(place, f), _load_file, f, stacks) for f in series.files)
         else:
-            yield _job(_source(place, series.files[0], folder=True), _load_series, series)
+            yield _job(_source(place, series.files[0], folder=True), _load_series, series, stacks)
     blind = [(f, "holds no picture") for s in table if s not in table.images for f in s.files if not s.modality or not place(f)[1]]
     known = {os.path.abspath(f) for s in table for f in s.files} | {os.path.abspath(f) for f, _ in table.skipped}
     copies = [(f, "is a copy of another file (the same SOP Instance UID)") for f in group if f.is_file() and f.suffix.lower() != ".zip" and os.path.abspath(f) not in known]
@@ -277,16 +310,16 @@ def _dicom_jobs(group, labels):
         if (not inside or name.suffix.lower() in (".dcm", ".ima", "")) and name.name.upper() != "DICOMDIR":
             yield _job(_source(place, file), _raise, DatasetError(why, path=_source(place, file), remedy="copy the file again"))
 
-# %% ../../nbs/deployment/03b_intake.ipynb #44625878
+# %% ../../nbs/deployment/03b_intake.ipynb #f112b6e7
 def _kind(path):
     name = path.name.lower()
     return next((k for k, endings in (("picture", PICTURES), ("array", (".npy",)), ("nifti", (".nii", ".nii.gz"))) if name.endswith(endings)), "dicom")
 
 
-_LOADERS = {"picture": _load_picture, "array": _load_npy, "nifti": _load_nifti}
+_LOADERS = {"picture": _load_picture, "array": _load_npy}
 
 
-def find_studies(paths) -> list:
+def find_studies(paths, *, stacks: bool = False) -> list:
     """What is to be answered: a list of (source, load) where `load()` gives the `Study` or raises a MedimgError.
 
     The source lets an answer be matched to its file. It starts with the last part of what was named (`img.png`; more of the path where two would be
@@ -296,6 +329,8 @@ def find_studies(paths) -> list:
     ----------
     paths : str, Path or sequence of them
         DICOM files, folders (searched with sub-folders), zip archives of DICOM; `.png`, `.jpg`, `.npy`, `.nii`, `.nii.gz`.
+    stacks : bool
+        Read series of slices whole, for a model that takes volumes.
 
     Returns
     -------
@@ -323,18 +358,20 @@ def find_studies(paths) -> list:
             continue
         found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
         pictures, place = [f for f in found if _kind(f) != "dicom"], _places(path, labels)
-        jobs += [_job(_source(place, f), _load_checked, f) for f in pictures]
+        jobs += [_job(_source(place, f), _load_checked, f, stacks) for f in pictures]
         if len(pictures) < len(found) or not found:
             dicom.append(path)
     folders = [[p] for p in dicom if p.is_dir() or p.suffix.lower() == ".zip"]
     files = [p for p in dicom if p.is_file() and p.suffix.lower() != ".zip"]
     for group in [*folders, *([files] if files else [])]:
-        jobs += list(_dicom_jobs(group, labels))
+        jobs += list(_dicom_jobs(group, labels, stacks))
     return jobs
 
 
-def _load_checked(path):
+def _load_checked(path, stacks=False):
     size = path.stat().st_size
     if not 0 < size <= MAX_FILE_BYTES:
         raise DatasetError(f"the file has {size} bytes", path=path, remedy=f"from 1 byte to {MAX_FILE_BYTES >> 20} MB are read")
-    return _LOADERS[_kind(path)](path)
+    kind = _kind(path)
+    study = _load_nifti(path, stacks) if kind == "nifti" else _LOADERS[kind](path)
+    return replace(study, reasons=_FLAT_REASON) if stacks and study.volume is None and not study.reasons else study

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_VERSION', 'STUDY_FIELDS', 'Finding', 'Prediction', 'prediction_schema', 'to_dict', 'from_json']
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #5c17d9d6
+# %% ../../nbs/deployment/03a_prediction.ipynb #c4ab4fba
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -41,6 +41,11 @@ class Finding:
         Size.
     side, lobe : str, optional
         Place in the body.
+    solid_diameter_mm : float, optional
+        Mean diameter of the solid part of a part-solid nodule.
+    growth : dict, optional
+        Beside an earlier scan: `relation` ("new" or "matched"), `prior_study_uid`, `interval_days`, `prior_volume_mm3`, `prior_mean_diameter_mm`,
+        `volume_doubling_days`.
     note : str
         What the reader must know to read it rightly.
 
@@ -64,10 +69,22 @@ class Finding:
     side: str | None = None
     lobe: str | None = None
     note: str = ""
+    solid_diameter_mm: float | None = None
+    growth: dict | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #df483cd4
+# %% ../../nbs/deployment/03a_prediction.ipynb #e04d4c19
+@dataclass(frozen=True, kw_only=True)
+class _InMemory:
+    """What an answer carries for reports and never writes down."""
+
+    picture: np.ndarray | None = None
+    heat_map: np.ndarray | None = None
+    volume: object | None = None
+    mask: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
 
     Parameters
@@ -77,7 +94,7 @@ class Prediction:
     source : str
         Which file: relative to the parent of what was named (`a/img.png`, `study/ct`, `x.zip!d/1.dcm`), never an absolute path.
     task : str, optional
-        binary, multiclass, multilabel or ordinal.
+        binary, multiclass, multilabel, ordinal, segmentation or detection.
     classes : tuple of str, optional
         What the model tells apart.
     label : str, optional
@@ -104,6 +121,10 @@ class Prediction:
         Display grey values, for reports; not part of the record on disk.
     heat_map : array (y, x) float32 in 0 … 1, optional
         Where the evidence for `label` lies, on the pixels of `picture`; not part of the record on disk.
+    volume : Volume, optional
+        The stack that was read, for reports; not part of the record on disk.
+    mask : array (y, x) or (z, y, x), uint8, optional
+        0 outside, k inside class k (segmentation) or finding k (detection), on the grid of `picture` or `volume`; not part of the record on disk.
 
     Examples
     --------
@@ -133,8 +154,6 @@ class Prediction:
     input_sha256: str | None = None
     created: str | None = None
     duration_ms: float | None = None
-    picture: np.ndarray | None = None
-    heat_map: np.ndarray | None = None
 
     def __repr__(self):
         return f"Prediction({self.source}: {_summary(self)})"
@@ -152,16 +171,17 @@ class Prediction:
         """The record from JSON `text` or bytes; see the function `from_json`."""
         return from_json(text)
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #a7a57197
+# %% ../../nbs/deployment/03a_prediction.ipynb #256c3d17
 def _summary(p):
     sure = f", P({p.label}) = {p.probability[p.label]:.2f}" if p.label and p.probability else ""
-    return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{'; ' + p.reasons[0] if p.reasons else ''}"
+    found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
+    return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #212ae872
+# %% ../../nbs/deployment/03a_prediction.ipynb #e6e0f275
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 _P = {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}}
 _STRS = {"type": "array", "items": {"type": "string"}}
-STUDY_FIELDS = ("study_uid", "series_uid", "patient_key", "modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "description")
+STUDY_FIELDS = ("study_uid", "series_uid", "patient_key", "modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "description", "study_date")
 
 
 def _row(properties, *, null=False):
@@ -173,7 +193,9 @@ def _list_of(kind, n=None):
 
 
 _FINDING = _row({**{f.name: _NUM for f in fields(Finding)}, "label": {"type": "string"}, "type": {"type": "string"}, "note": {"type": "string"},
-                 "box_yx": _list_of("integer", 4), "slice": _INT, "mask": _STR, "centroid_mm": _list_of("number", 3), "side": _STR, "lobe": _STR})
+                 "box_yx": _list_of("integer", 4), "slice": _INT, "mask": _STR, "centroid_mm": _list_of("number", 3), "side": _STR, "lobe": _STR,
+                 "growth": _row({"relation": {"enum": ["new", "matched"]}, "prior_study_uid": _STR, "interval_days": _NUM, "prior_volume_mm3": _NUM,
+                                 "prior_mean_diameter_mm": _NUM, "volume_doubling_days": _NUM}, null=True)})
 _STUDY = _row({**dict.fromkeys(STUDY_FIELDS, _STR), "patient_age_years": _NUM, "shape": _list_of("integer")}, null=True)
 
 
@@ -205,8 +227,8 @@ def prediction_schema() -> dict:
         "error": _row({"type": {"type": "string"}, "what": {"type": "string"}, "remedy": _STR}, null=True),
         "input_sha256": _STR, "created": _STR, "duration_ms": _NUM})}
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #1abf47fd
-_NOT_STORED = ("picture", "heat_map")
+# %% ../../nbs/deployment/03a_prediction.ipynb #dabe3e6e
+_NOT_STORED = tuple(f.name for f in fields(_InMemory))
 _TUPLES = ("classes", "prediction_set", "findings", "recommendations", "reasons", "warnings")
 
 

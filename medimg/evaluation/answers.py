@@ -6,8 +6,9 @@
 __all__ = ['MOST_BYTES', 'KINDS', 'read_answers', 'write_answers', 'matched', 'attributes_of', 'judge_answers', 'about_data',
            'card_points']
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #bad83a84
+# %% ../../nbs/evaluation/10b_answers.ipynb #a995a59c
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..errors import ConfigError, DatasetError
 #: At most so many bytes are unpacked from a file of answers.
 MOST_BYTES = 4 << 30
 
-KINDS = {"p": "classification", "masks": "segmentation", "boxes": "detection"}
+KINDS = {"p": "classification", "masks": "segmentation", "boxes": "detection", "points": "points"}
 
 
 def read_answers(path) -> dict:
@@ -31,7 +32,7 @@ def read_answers(path) -> dict:
     Returns
     -------
     dict
-        `kind`, `image_ids`, `name`, `version`, `threshold` (None where not given), and the arrays of its kind.
+        `kind`, `image_ids`, `name`, `version`, `threshold`, `task` (None where not given), and the arrays of its kind.
 
     Raises
     ------
@@ -54,11 +55,12 @@ def read_answers(path) -> dict:
     values, seen = np.unique(ids, return_counts=True)
     if (seen > 1).any():
         raise ConfigError(f"{values[seen > 1][0]} is answered {seen.max()} times", path=path, remedy="give one answer an image")
-    facts = {name: parts.pop(name).item() if name in parts and parts[name].size == 1 else None for name in ("name", "version", "threshold")}
+    facts = {name: str(parts.pop(name).item()) if name in parts and parts[name].size == 1 else None for name in ("name", "version", "task")}
+    facts["threshold"] = _threshold(parts.pop("threshold", None), path)
     _fit(parts, KINDS[kinds[0]], len(ids), path)
     return {"kind": KINDS[kinds[0]], "image_ids": ids, **facts, "name": str(facts["name"] or path.stem), **parts}
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #4a30d5d6
+# %% ../../nbs/evaluation/10b_answers.ipynb #3e7dd198
 def _arrays(path):
     """The arrays of an npz file within `MOST_BYTES`, without objects."""
     if not path.is_file():
@@ -73,13 +75,23 @@ def _arrays(path):
         raise ConfigError(f"no file of answers ({type(error).__name__})", path=path, remedy="write it with numpy.savez or write_answers, without objects") from error
 
 
+def _threshold(value, path):
+    """A threshold as a number, several as a list, or None."""
+    if value is None:
+        return None
+    if value.dtype.kind not in "fiu" or value.ndim > 1 or not np.isfinite(value).all():
+        raise ConfigError(f"a threshold of {str(value)[:40]}", path=path, remedy="give a number, or one a finding")
+    return float(value.item()) if value.size == 1 else value.astype(float).tolist()
+
+
 def _fit(parts, kind, n, path):
     """Refuse arrays whose lengths do not go together."""
-    if kind == "detection":
-        m = len(parts["boxes"])
-        fits = parts["boxes"].shape == (m, 4) and all(name in parts and parts[name].shape == (m,) for name in ("scores", "rows"))
-        if not fits or (m and not ((parts["rows"] >= 0) & (parts["rows"] < n)).all()):
-            raise ConfigError("boxes (m, 4) need scores (m,) and rows (m,) that count the images", path=path, remedy="see the table in the chapter on answers")
+    if kind in ("detection", "points"):
+        name, sides = ("boxes", 4) if kind == "detection" else ("points", 3)
+        m = len(parts[name])
+        fits = parts[name].shape == (m, sides) and all(column in parts and parts[column].shape == (m,) for column in ("scores", "rows"))
+        if not fits or (m and not (parts["rows"].dtype.kind in "iu" and (parts["rows"] >= 0).all() and (parts["rows"] < n).all())):
+            raise ConfigError(f"{name} (m, {sides}) need scores (m,) and rows (m,) that count the images", path=path, remedy="see the table in the chapter on answers")
     elif len(parts["p" if kind == "classification" else "masks"]) != n:
         raise ConfigError(f"{len(parts['p' if kind == 'classification' else 'masks'])} answers for {n} ids", path=path, remedy="give one answer an image")
 
@@ -94,7 +106,7 @@ def write_answers(path, *, image_ids, **arrays) -> Path:
     image_ids : sequence of str, (n,)
         As in `ImageDataset.image_ids`.
     **arrays
-        `p`, or `masks`, or `boxes`, `scores` and `rows`; `name`, `version`, `threshold`.
+        `p`, or `masks`, or `boxes`, `scores` and `rows`, or `points`, `scores`, `rows`, `kinds` and `diameters_mm`; `name`, `version`, `threshold`, `task`.
 
     Returns
     -------
@@ -144,7 +156,7 @@ def matched(given: dict, part) -> np.ndarray:
                            remedy="answer every image of the fold; ids are those of dataset.image_ids")
     return np.array([row[name] for name in part.image_ids.tolist()])
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #51bc71e5
+# %% ../../nbs/evaluation/10b_answers.ipynb #04300c26
 def attributes_of(part) -> dict:
     """What the data set says about the people and the images, as columns for `subgroup_table`.
 
@@ -173,28 +185,29 @@ def attributes_of(part) -> dict:
 
 
 def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tuple:
-    """Figures and sections of a card for answers to the images of a fold.
+    """Figures of answers to the images of a fold, and a function that makes the sections of a card from them.
 
     Parameters
     ----------
     given : dict
         As from `read_answers`.
     part : ImageDataset
-        With labels, masks or boxes, as the kind of answer needs.
+        With labels, masks, boxes, or `meta["lesions"]` as from `medimg.evaluation.places.lesion_column`, as the kind of answer needs.
     n_boot, seed : int
         Resamples and their seed.
 
     Returns
     -------
-    (dict of str to Estimate, list of dict, list of str)
-        Figures, sections, warnings.
+    (dict of str to Estimate, callable)
+        Figures, and `sections(**model) -> (list of dict, list of str)`: sections and warnings. Where the model itself is there, and not only its answers, a
+        classifier's sections take `calibration`, `predict` and `maps` as in `medimg.evaluation.questions.classifier_sections`.
 
     Raises
     ------
     DatasetError
         When images have no answer, or the set has no truth of this kind.
     ConfigError
-        When answers are not what their kind says, or there are too few cases.
+        When answers are not what their kind says, or there are too few cases; for a classifier's figures one of each class is enough, for its sections ten.
 
     Examples
     --------
@@ -204,38 +217,57 @@ def judge_answers(given: dict, part, *, n_boot: int = 2000, seed: int = 0) -> tu
     rows = matched(given, part)
     if given["kind"] == "classification":
         return _classified(given, rows, part, n_boot, seed)
-    truth = part.masks if given["kind"] == "segmentation" else part.boxes
+    name, truth, judge = {"segmentation": ("masks", part.masks, _segmented), "detection": ("boxes", part.boxes, _detected), "points": ("lesions in mm", (part.meta or {}).get("lesions"), _placed)}[given["kind"]]
     if truth is None:
-        raise DatasetError(f"{part.name} has no {'masks' if given['kind'] == 'segmentation' else 'boxes'} to compare with", remedy="choose a data set of the same question")
-    return (_segmented if given["kind"] == "segmentation" else _detected)(given, rows, part, n_boot, seed)
+        raise DatasetError(f"{part.name} has no {name} to compare with", remedy="choose a data set of the same question")
+    return judge(given, rows, part, n_boot, seed)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #a8a70e55
+# %% ../../nbs/evaluation/10b_answers.ipynb #de35e367
 def _classified(given, rows, part, n_boot, seed):
     from medimg.evaluation.questions import Answers, classifier_sections
-    task = part.task if part.task in ("binary", "multiclass", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass"
-    a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
-    return a.estimates, *classifier_sections(a, attributes=attributes_of(part), images=part.images)
+    task = given["task"] or (part.task if part.task in ("binary", "multiclass", "multilabel", "ordinal") else "binary" if len(part.classes) == 2 else "multiclass")
+    if task == "multilabel":
+        return _several(given, rows, part, n_boot, seed)
+    if isinstance(given["threshold"], list):
+        raise ConfigError(f"{len(given['threshold'])} thresholds for a {task} task", remedy="give one number")
+    a = Answers(np.asarray(part.labels), given["p"][rows], tuple(part.classes), task, given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed, least=1)
+    return a.estimates, partial(classifier_sections, a, attributes=attributes_of(part), images=part.images)
+
+
+def _several(given, rows, part, n_boot, seed):
+    from medimg.evaluation.findings import Findings, findings_sections
+    a = Findings(part.labels, given["p"][rows], tuple(part.classes), given["threshold"], part.patient_ids, tuple(part.image_ids), n_boot, seed)
+    return a.estimates, lambda predict=None, **_: findings_sections(a, attributes=attributes_of(part), images=part.images, predict=predict)
+
+
+def _placed(given, rows, part, n_boot, seed):
+    from medimg.evaluation.places import Places, places_sections
+    scan = {int(row): i for i, row in enumerate(rows)}
+    own = np.flatnonzero(np.isin(given["rows"], rows))
+    marks = {name: given[name][own] if given.get(name) is not None else None for name in ("points", "scores", "kinds", "diameters_mm")}
+    a = Places(part.meta["lesions"], rows=[scan[int(row)] for row in given["rows"][own]], groups=part.patient_ids, ids=tuple(part.image_ids), n_boot=n_boot, seed=seed, **marks)
+    return a.estimates, partial(places_sections, a)
 
 
 def _segmented(given, rows, part, n_boot, seed):
-    from medimg.evaluation import questions
     from medimg.evaluation.metrics import Estimate
+    from medimg.evaluation.questions import measure_masks, segmentation_sections
     masks, truths = given["masks"][rows] > 0, part.masks > 0
-    found = questions._measured_masks(masks, truths, groups=part.patient_ids, n_boot=n_boot)
-    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, *questions._segmented(found, masks, truths, images=part.images, ids=part.image_ids)
+    found = measure_masks(masks, truths, groups=part.patient_ids, n_boot=n_boot)
+    return {k: e for k, e in found.items() if isinstance(e, Estimate)}, partial(segmentation_sections, found, masks, truths, images=part.images, ids=part.image_ids)
 
 
 def _detected(given, rows, part, n_boot, seed):
-    from medimg.evaluation import questions
     from medimg.evaluation.precision import match_boxes
+    from medimg.evaluation.questions import detection_sections, measure_marks
     matches = []
     for i, row in enumerate(rows):
         own, truth = given["rows"] == row, part.boxes[i][np.isfinite(part.boxes[i]).all(axis=-1)]
         matches.append(match_boxes(given["boxes"][own], given["scores"][own], truth))
-    found = questions._measured_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
-    return found, *questions._detected(found, matches, part.image_ids)
+    found = measure_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
+    return found, partial(detection_sections, found, matches, ids=part.image_ids)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #e378c8d2
+# %% ../../nbs/evaluation/10b_answers.ipynb #a7c6f7aa
 def about_data(part, result: dict) -> dict:
     """The head of a card: what the model was judged on.
 
@@ -255,7 +287,7 @@ def about_data(part, result: dict) -> dict:
     >>> about_data(dataset.split("test"), result)["images"]                                  # doctest: +SKIP
     624
     """
-    counts = np.bincount(np.asarray(part.labels, int), minlength=len(part.classes)) if np.ndim(part.labels) == 1 else []
+    counts = np.bincount(np.asarray(part.labels, int), minlength=len(part.classes)) if np.ndim(part.labels) == 1 else np.nansum(part.labels, axis=0)
     return {"dataset": result["dataset"], "fold": result["split"], "images": len(part), "patients": len(set(part.patient_ids.tolist())) if part.patient_ids is not None else "not known",
             "images of each class": {str(c): int(k) for c, k in zip(part.classes, counts)}, "read from": Path(str(part.source)).name if "/" in str(part.source) else str(part.source), "checksum": result["checksum"],
             "the set it was trained on": {True: "yes, another fold", False: "no", None: "not known"}[result["same_data"]], "readings of this fold on this computer": result["test_reads"] or "not counted (no test fold)",
@@ -300,7 +332,8 @@ def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     facts["sample_size"] = f"{len(part)} images, not planned here; the width of the intervals says what they are worth"
     facts["metrics"] = f"95 % intervals, {result['interval']}, {result['n_boot']} resamples"
     chosen = "chosen on these images" if result["split"] == "val" and result["same_data"] else "fixed before this fold was read"
-    facts["threshold"] = result["threshold"] is not None and f"{result['threshold']:.4g}, {chosen}" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
+    cuts = [result["threshold"]] if isinstance(result["threshold"], (int, float)) else result["threshold"] or []
+    facts["threshold"] = cuts and f"{', '.join(f'{cut:.4g}' for cut in cuts)}, {chosen}" or ("most probable class" if result["task"] in ("multiclass", "ordinal") else "")
     facts |= {"calibration": "see the section" if "meaning" in keys else "", "usefulness": "net benefit only, no outcome; see the section" if "meaning" in keys and result["task"] == "binary" else "",
               "subgroups": "see the section" if "whom" in keys else "", "failures": "listed, see the section; nobody has looked at them yet" if "errors" in keys else "",
               "robustness": "see the section" if "breaks" in keys else "", "explanations": "see the section" if any(s["key"] == "why" and s["tables"] for s in sections) else ""}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD_VERSION', 'CHECKLIST', 'tidy', 'table', 'chart', 'section', 'checklist', 'make_card', 'card_json', 'draw_chart',
-           'render_html', 'render_markdown', 'write_card']
+           'render_html', 'render_markdown', 'write_card', 'card_folder']
 
 # %% ../../nbs/evaluation/10_model_card.ipynb #396921c9
 import html
@@ -61,7 +61,7 @@ def tidy(value, digits: int = 4):
         return float(f"{float(value):.{digits}g}") if math.isfinite(value) else None
     raise ConfigError(f"a card cannot hold a {type(value).__name__}", remedy="give numbers, text, lists and dicts")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #f45bd780
+# %% ../../nbs/evaluation/10_model_card.ipynb #89bcca2c
 def table(caption: str, columns, rows) -> dict:
     """A table of a card.
 
@@ -94,7 +94,7 @@ def table(caption: str, columns, rows) -> dict:
     return {"caption": caption, "columns": list(columns), "rows": rows}
 
 
-def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diagonal: bool = False) -> dict:
+def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diagonal: bool = False, log: bool = False) -> dict:
     """A chart of a card, as points.
 
     Parameters
@@ -107,6 +107,8 @@ def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diago
         How it is drawn.
     diagonal : bool
         Draw the line of equality as well.
+    log : bool
+        The horizontal axis doubles from mark to mark.
 
     Returns
     -------
@@ -128,7 +130,7 @@ def chart(title: str, x: str, y: str, series: dict, *, kind: str = "line", diago
         if len({len(v) for v in part.values()}) != 1:
             raise ConfigError(f"columns of different lengths in {name!r} of {title!r}", remedy="give one y, low and high for each x")
         rows.append({"name": name, **part})
-    return {"title": title, "x": x, "y": y, "kind": kind, "diagonal": bool(diagonal), "series": rows}
+    return {"title": title, "x": x, "y": y, "kind": kind, "diagonal": bool(diagonal), "log": bool(log), "series": rows}
 
 # %% ../../nbs/evaluation/10_model_card.ipynb #37bd238f
 def section(key: str, title: str, *, reading=(), tables=(), charts=(), images=()) -> dict:
@@ -305,7 +307,7 @@ def _table_html(t, folded=False) -> str:
 def _facts_html(facts) -> str:
     return "<dl>" + "".join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{_number(v)}</dd>" for k, v in facts.items()) + "</dl>"
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #4f0e587b
+# %% ../../nbs/evaluation/10_model_card.ipynb #f8a0e8b0
 def draw_chart(c: dict):
     """The picture of a chart.
 
@@ -335,6 +337,10 @@ def draw_chart(c: dict):
             low, high = (np.array([np.nan if v is None else v for v in s[k]], float) for k in ("low", "high"))
             ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0) if c["kind"] == "line" else ax.vlines(x, low, high, color=colour, lw=1.4)
     ax.set(xlabel=c["x"], ylabel=c["y"], title=c["title"])
+    if c["log"]:
+        marks = [2.0**k for k in range(-10, 11) if min(map(min, (s["x"] for s in c["series"]))) <= 2.0**k <= max(map(max, (s["x"] for s in c["series"])))]
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(marks, [f"{m:g}" if m >= 1 else f"1/{1 / m:g}" for m in marks])
     if len(c["series"]) > 1:
         ax.legend(fontsize=8)
     return plots.Picture(figure, f"{c['title']}; {c['y']} over {c['x']}: {', '.join(s['name'] for s in c['series'])}")
@@ -394,7 +400,7 @@ def render_html(card: dict) -> str:
             + f'<nav aria-label="Contents"><ul>{links}</ul></nav><section id="model"><h2>What it is</h2>{_facts_html(card["model"])}</section><section id="data"><h2>What it was judged on</h2>{_facts_html(card["data"])}</section>'
             + "".join(map(_section_html, card["sections"])) + points + "</main></body></html>\n")
 
-# %% ../../nbs/evaluation/10_model_card.ipynb #67159427
+# %% ../../nbs/evaluation/10_model_card.ipynb #5bee25ef
 def render_markdown(card: dict) -> str:
     """The card as Markdown for a repository: facts, sentences, tables and the checklist; charts are named and left to the page.
 
@@ -457,6 +463,41 @@ def write_card(card: dict, folder) -> dict:
     ['MODEL_CARD.md', 'card.html', 'card.json']
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"markdown": ("MODEL_CARD.md", render_markdown(card)), "html": ("card.html", render_html(card)), "json": ("card.json", card_json(card))}
     return {kind: write_atomic(folder / name, text) for kind, (name, text) in texts.items()}
+
+# %% ../../nbs/evaluation/10_model_card.ipynb #dd0444e0
+def card_folder(folder) -> Path:
+    """The folder of a card that is to be made, checked before anything is measured: it can be written to, and figures can be drawn.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if it is not there.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ConfigError
+        When the folder is a file, cannot be made or written to, or matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> card_folder(Path(tempfile.mkdtemp()) / "new").is_dir()
+    True
+    """
+    import tempfile
+
+    from medimg.plots import use_style
+    use_style()
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"no card can be written here ({(error.strerror or 'not possible').lower()})", path=folder, remedy="name a folder that can be written to") from error
+    return folder

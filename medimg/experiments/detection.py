@@ -340,7 +340,7 @@ def _kept(path, make):
     write_atomic(path, json.dumps([[{name: one and asdict(one) for name, one in row.items()} for row in rows] for rows in found]))
     return found
 
-# %% ../../nbs/experiments/04_detection.ipynb #b78938f3
+# %% ../../nbs/experiments/04_detection.ipynb #60d72edc
 def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     """Both networks of one seed, and the weight of the second look, chosen on validation scans.
 
@@ -356,7 +356,7 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     Returns
     -------
     dict
-        `first`, `second` (callables), `weight`, `validation_cpm` (by weight), `cpu_s` of both trainings.
+        `first`, `second` (callables), `models` (both, Keras), `found` (of each validation scan), `weight`, `validation_cpm` (by weight), `cpu_s` of both trainings.
 
     Examples
     --------
@@ -372,9 +372,10 @@ def train_pair(run, plan: Plan, seed: int, learn, tune) -> dict:
     run.say(f"seed {seed}: first look trained; {int((data['labels'] == 0).sum())} false alarms and {int((data['labels'] > 0).sum())} nodules for the second")
     judge_model, later = train_second(data, plan, seed=seed, out=folder / "second", progress=run.progress)
     second = _fast(judge_model)
-    weight, cpm = choose_weight(_kept(folder / "validation.json", lambda: [search_scan(first, second, scan, plan) for scan in tune]), tune)
+    found = _kept(folder / "validation.json", lambda: [search_scan(first, second, scan, plan) for scan in tune])
+    weight, cpm = choose_weight(found, tune)
     run.say(f"seed {seed}: CPM on validation by weight of the second look {cpm}")
-    return {"seed": seed, "first": first, "second": second, "weight": weight, "validation_cpm": {str(w): v for w, v in cpm.items()},
+    return {"seed": seed, "first": first, "second": second, "models": (model, judge_model), "found": found, "weight": weight, "validation_cpm": {str(w): v for w, v in cpm.items()},
             "cpu_s": round(history[-1]["cpu_s"] + later[-1]["cpu_s"], 1), "wall_s": round(history[-1]["seconds"] + later[-1]["seconds"], 1)}
 
 # %% ../../nbs/experiments/04_detection.ipynb #7c0369a8

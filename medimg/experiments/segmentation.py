@@ -45,22 +45,7 @@ class Films:
         """
         return np.flatnonzero((self.splits == split) & ((self.sites == site) if site else True))
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #b7c7830b
-def _phantom_films(n, side):
-    """Radiographs of phantoms, and where a ray crosses at least 40 mm of lung."""
-    from medimg.data.phantom import FIELD_MM, _CENTRE_MM, radiograph
-    from medimg.data.phantom_anatomy import draw_anatomy, lung_distance
-    k = FIELD_MM / side
-    axis = (np.arange(side) - (side - 1) / 2) * k
-    images, masks, depth = [], [], np.arange(-145.0, 150.0, 10.0)
-    for seed in range(n):
-        an = draw_anatomy(50_000 + seed)
-        images.append(radiograph(an, size=side)[0].display()[0])
-        inside = lung_distance(an, (_CENTRE_MM - axis)[:, None, None], depth[:, None], axis) < 0
-        masks.append(inside.sum(axis=1) * 10.0 >= 40)
-    return np.stack(images), np.stack(masks)
-
-
+# %% ../../nbs/experiments/03_segmentation.ipynb #3e07927f
 def _shrunk(images, masks, side):
     """Films and masks averaged down to `side` pixels; a mask pixel is inside when half of it is."""
     k = images.shape[1] // side
@@ -69,7 +54,7 @@ def _shrunk(images, masks, side):
     fold = lambda a: a.reshape(len(a), side, k, side, k).mean(axis=(2, 4), dtype=np.float32)     # noqa: E731
     return (images, masks) if k == 1 else ((fold(images) + 0.5).astype(np.uint8), fold(masks) >= 0.5)
 
-# %% ../../nbs/experiments/03_segmentation.ipynb #9d2b1ae6
+# %% ../../nbs/experiments/03_segmentation.ipynb #eeff1197
 def lung_films(data: str = "auto", *, side: int = 256, site: str | None = None, folds=("train", "val"), most: int | None = None) -> Films:
     """Chest radiographs with lung masks: `cxr-lungs-256`, or phantoms.
 
@@ -105,7 +90,8 @@ def lung_films(data: str = "auto", *, side: int = 256, site: str | None = None, 
     from medimg.data.datasets import load_dataset
     if data == "phantom" or data == "auto" and find_data("cxr_lungs_256.npz") is None:
         n = most or 60
-        images, masks = _phantom_films(n, side)
+        from medimg.data.scans import phantom_films
+        images, masks = phantom_films(n, side=side)
         splits = np.array(["train", "train", "train", "val", "test"])[np.arange(n) % 5]
         films = Films(images, masks, np.array([f"P{k}" for k in range(n)]), np.full(n, "phantom"), np.where(np.isin(splits, folds), splits, "train"),
                       "phantom radiographs", "Phantoms", ("phantom-films", f"n{n}"))

@@ -1,0 +1,230 @@
+"""Bundles that say where: masks on the picture's own pixels, marks in millimetres, sets of scans, a watched folder."""
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from pydicom.data import get_testdata_file
+
+from medimg.data import scans
+from medimg.data.phantom_cohort import phantom_cohort
+from medimg.data.volume import Volume
+from medimg.deployment.arrivals import Arrivals, group_of, watch
+from medimg.deployment.bundle import Bundle, inspect, toy_bundle, toy_images, verify
+from medimg.deployment.intake import Study, find_studies
+from medimg.deployment.located import fold_answers, mask_of, marks_of, toy_outliner
+from medimg.deployment.manifest import ANSWERS, check_manifest, example_manifest
+from medimg.deployment.predict import answer
+from medimg.errors import BundleError, ConfigError, DatasetError, SignatureError
+
+BRIGHT = np.pad(np.full((20, 30), 200, "uint8"), 10)
+
+
+@pytest.fixture(scope="module")
+def outliner(tmp_path_factory):
+    return toy_outliner(tmp_path_factory.mktemp("toy") / "b", size=32)
+
+
+@pytest.fixture(scope="module")
+def nodules():
+    return Bundle.load("phantom-nodules")
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """A patient with a solid nodule of 6 mm or more, scanned with slices of 2 mm."""
+    who = next(p for p in phantom_cohort(60, seed=77) if any(n.kind == "solid" and n.diameter_mm > 6 for n in p.nodules))
+    return who, who.case(**scans.ACQUISITIONS["routine"].grid)
+
+
+# ---- manifest and files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change", [{"task": "segmentation"}, {"task": "detection", "answer": {"keep": 1, "holes": True}}, {"answer": dict.fromkeys(ANSWERS["detection"])},
+                                    {"task": "detection", "answer": {"top": 5, "call": 1.5, "within": None, "cube": None, "weight": 0}}, {"ood": None}, {"classes": ["one"], "thresholds": {}}])
+def test_manifests_that_contradict_themselves_are_refused(change):
+    with pytest.raises(BundleError):
+        check_manifest(example_manifest(**change))
+
+
+def test_the_second_network_belongs_to_the_bundle(nodules, tmp_path):
+    import shutil
+    copy = shutil.copytree(nodules.path, tmp_path / "copy")
+    (copy / "second.onnx").unlink()
+    with pytest.raises(SignatureError, match="second.onnx"):
+        Bundle.load(copy, verify=False)
+    assert "second.onnx" in inspect("phantom-nodules")["sizes"] and verify("phantom-nodules")["parts_opened"] == 5
+
+
+# ---- masks ------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(40, 50), (333, 211), (32, 32)])
+def test_a_disc_of_any_size_comes_back_on_its_own_pixels(outliner, shape):
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    disc = np.hypot((y + 0.5) / shape[0] - 0.5, (x + 0.5) / shape[1] - 0.5) < 0.3
+    mask = mask_of(outliner, (200 * disc).astype("uint8"))
+    assert mask.shape == shape and 2 * (mask & disc).sum() / (mask.sum() + disc.sum()) > 0.9
+
+
+def test_keep_and_holes_are_the_bundles_rule(tmp_path):
+    picture = BRIGHT.copy()
+    picture[0:8, 0:8], picture[18:22, 20:24] = 255, 0
+    one, two = (mask_of(toy_outliner(tmp_path / str(k), size=40, keep=k), cv2.resize(picture, (80, 80))) for k in (1, None))
+    assert not one[:14, :10].any() and two[:14, :10].any() and one[40, 36] == 1
+
+
+def test_a_classifier_is_not_asked_for_a_mask_nor_an_outliner_for_a_probability(outliner, tmp_path):
+    with pytest.raises(BundleError, match="binary"):
+        mask_of(toy_bundle(tmp_path / "toy"), BRIGHT)
+    with pytest.raises(BundleError, match="where"):
+        outliner.predict(BRIGHT[None])
+    with pytest.raises(BundleError, match="segmentation"):
+        marks_of(outliner, Volume(np.zeros((4, 4, 4)), units="HU"))
+
+
+def test_an_outline_is_a_record(outliner):
+    record = answer(outliner, Study("a.png", BRIGHT))
+    assert record.status == "answered" and record.findings[0].label == "bright" and record.mask.shape == BRIGHT.shape
+    stored = json.loads(record.to_json())
+    assert "mask" not in stored and "volume" not in stored and stored["task"] == "segmentation" and any("no check" in w for w in stored["warnings"])
+
+
+def test_shipped_lungs_know_a_film_from_a_stranger():
+    bundle = Bundle.load("phantom-lungs")
+    held = scans.phantom_lungs(10).split("test")
+    record = answer(bundle, Study("a.png", held.images[0], {"modality": "DX"}))
+    truth = held.masks[0] > 0
+    assert record.status == "answered" and 2 * (record.mask & truth).sum() / (record.mask.sum() + truth.sum()) > 0.95
+    assert {f.label for f in record.findings} == {"lung"} and len(record.findings) == 2
+    strange = answer(bundle, Study("b.png", 255 - held.images[0], {"modality": "DX"}))
+    assert strange.status == "refused" and "unlike the training images" in strange.reasons[-1] and strange.mask is None
+
+
+# ---- marks ------------------------------------------------------------------------------------------------------------------------
+def test_a_planted_nodule_is_found_typed_placed_and_on_its_slice(nodules, patient):
+    who, case = patient
+    big = max((n for n in who.nodules if n.kind == "solid"), key=lambda n: n.diameter_mm)
+    found = answer(nodules, Study("ct", case.volume.display()[40], {"modality": "CT"}, volume=case.volume))
+    near = [f for f in found.findings if np.linalg.norm(np.subtract(f.centroid_mm, big.centroid_mm)) < big.diameter_mm / 2]
+    assert found.status == "answered" and len(near) == 1
+    assert near[0].type == "solid" and abs(near[0].mean_diameter_mm - big.diameter_mm) < 2 and near[0].side == big.lung
+    assert near[0].slice == round(float(case.volume.index(big.centroid_mm)[0])) and [f.score for f in found.findings] == sorted((f.score for f in found.findings), reverse=True)
+
+
+def test_marks_do_not_depend_on_the_order_of_axes(nodules, patient):
+    _, case = patient
+    turned = case.volume.reorient("SPL") if case.volume.orientation != "SPL" else case.volume.reorient("IPL")
+    first, second = (marks_of(nodules, v).detections[:3] for v in (case.volume, turned))
+    assert np.allclose([d.centroid_mm for d in first], [d.centroid_mm for d in second], atol=2.0)
+
+
+@pytest.mark.parametrize("volume, why", [(Volume(np.zeros((8, 64, 64), "int16"), modality="CT"), "not in HU"), (None, "single picture")])
+def test_what_is_no_ct_is_refused(nodules, volume, why):
+    with pytest.raises(BundleError, match=why):
+        answer(nodules, Study("a", np.tile(np.arange(64, dtype="uint8") * 4, (64, 1)), {"modality": "CT"}, volume=volume))
+
+
+def test_coarse_slices_and_other_modalities_are_refused_with_the_reason(nodules):
+    stack = Volume(np.random.default_rng(0).normal(0, 300, (12, 64, 64)).astype("int16"), np.diag([1.0, 1, 5, 1])[:, [2, 1, 0, 3]], modality="CT", units="HU")
+    picture = stack.display()[0]
+    thick = answer(nodules, Study("a", picture, {"modality": "CT"}, volume=stack))
+    foreign = answer(nodules, Study("a", picture, {"modality": "MR"}, volume=stack))
+    assert thick.status == foreign.status == "refused" and any("voxels of 5" in r for r in thick.reasons) and any("modality MR" in r for r in foreign.reasons)
+
+
+def test_a_series_is_read_whole_only_for_models_that_want_it(tmp_path):
+    from medimg.data.phantom_cohort import write_case
+    who = phantom_cohort(1, seed=77)[0]
+    write_case(who, tmp_path, case=who.case(shape=(8, 64, 64), spacing_mm=(5.0, 5.0, 5.0)))
+    flat = [load() for _, load in find_studies(tmp_path)]
+    whole = [study for study in (load() for _, load in find_studies(tmp_path, stacks=True)) if study.facts["modality"] == "CT"]
+    assert all(study.volume is None for study in flat) and len(whole) == 1 and whole[0].volume.shape == (8, 64, 64)
+    assert whole[0].facts["study_date"].count("-") == 2
+
+
+# ---- sets of scans ----------------------------------------------------------------------------------------------------------------
+def test_nobody_is_in_two_folds_and_every_fold_has_every_acquisition():
+    data = scans.phantom_scans()
+    folds = {name: set(data.split(name).patient_ids) for name in ("train", "val", "test")}
+    assert not (folds["train"] & folds["val"] | folds["train"] & folds["test"] | folds["val"] & folds["test"])
+    for name in folds:
+        how, counts = np.unique(data.split(name).meta["acquisition"], return_counts=True)
+        assert set(how) == set(scans.ACQUISITIONS) and len(set(counts)) == 1
+    with pytest.raises(DatasetError, match="no fold"):
+        data.split("tset")
+
+
+def test_lesions_lie_where_the_scan_is_dense():
+    """Independent of any detector: a solid nodule of 6 mm is brighter than the lung around it, at the place that the truth names."""
+    data = scans.phantom_scans(40)
+    row = next(k for k in range(len(data)) if data.meta["acquisition"][k] == "routine" and any(o["kind"] == "solid" and o["diameter_mm"] > 6 for o in data.meta["lesions"][k]))
+    volume, one = data.images[row], next(o for o in data.meta["lesions"][row] if o["kind"] == "solid" and o["diameter_mm"] > 6)
+    z, y, x = np.rint(volume.index(one["centroid_mm"])).astype(int)
+    assert volume.array[z, y, x] > -300
+
+
+def test_answers_of_a_fold_are_those_of_each_image(outliner):
+    from types import SimpleNamespace
+    part = SimpleNamespace(images=np.stack([BRIGHT, np.roll(BRIGHT, 3, 0)]), image_ids=np.array(["a", "b"]))
+    given = fold_answers(outliner, part)
+    assert given["kind"] == "segmentation" and all((m == mask_of(outliner, i)).all() for m, i in zip(given["masks"], part.images))
+
+
+# ---- a watched folder -------------------------------------------------------------------------------------------------------------
+def test_slices_of_one_series_are_one_group_and_names_tell_nothing(tmp_path):
+    ct, mr = get_testdata_file("CT_small.dcm"), get_testdata_file("MR_small.dcm")
+    assert group_of(ct) != group_of(mr) and len(group_of(ct)) == 16
+
+
+def test_a_group_waits_until_nothing_changes(tmp_path):
+    state = Arrivals(tmp_path, settle_s=2.0)
+    (tmp_path / "a.png").write_bytes(b"1")
+    (tmp_path / ".hidden.png").write_bytes(b"1")
+    (tmp_path / "b.png.part").write_bytes(b"1")
+    assert state.ready(now=0.0) == [] and state.ready(now=1.9) == []
+    (tmp_path / "a.png").write_bytes(b"12")
+    assert state.ready(now=2.5) == [] and state.ready(now=4.0) == []
+    [(group, files, signature)] = state.ready(now=4.6)
+    assert [f.name for f in files] == ["a.png"]
+    state.done[group] = signature
+    assert state.ready(now=99.0) == []
+
+
+def test_a_watch_that_is_killed_goes_on_and_answers_nothing_twice(tmp_path):
+    toy_bundle(tmp_path / "toy")
+    (tmp_path / "in").mkdir()
+    for k, picture in enumerate(toy_images(4, seed=3)[0]):
+        cv2.imwrite(str(tmp_path / "in" / f"{k}.png"), picture)
+    (tmp_path / "in" / "bad.dcm").write_bytes(b"no dicom")
+    code = f"""
+from medimg.deployment.arrivals import watch
+from medimg.deployment.bundle import Bundle
+for row in watch(Bundle.load({str(tmp_path / 'toy')!r}, verify=False), {str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, settle_s=0.2, poll_s=0.05):
+    print(row["group"], row["predictions"][0].status, flush=True)
+"""
+    def lines(k):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        try:
+            return [process.stdout.readline().split() for _ in range(k)]
+        finally:
+            process.kill()
+            process.wait()
+    first = lines(2)
+    second = lines(3)
+    assert len({group for group, _ in first} | {group for group, _ in second}) == 5 and sorted(s for _, s in first + second) == ["answered"] * 4 + ["error"]
+    for path in (tmp_path / "out").glob("*.json"):
+        json.loads(path.read_text())
+
+
+def test_results_may_not_lie_among_what_is_watched(tmp_path):
+    with pytest.raises(ConfigError, match="among"):
+        next(watch("pneumonia", tmp_path, tmp_path / "out"))
+
+
+def test_a_bundle_that_says_where_is_made_again_by_its_name(tmp_path):
+    from medimg.reproduction import reproducible, reproduce
+    made = reproduce("phantom-lungs", profile="ci", out=tmp_path / "r", log=tmp_path / "reads.jsonl", progress=False)
+    assert {"phantom-lungs", "phantom-nodules"} <= {name for name, _ in reproducible()}
+    assert made["n_test"] == 12 and made["metrics"]["dice"]["low"] <= made["metrics"]["dice"]["value"] and made["verdict"].startswith("different, because")
+    packed = Bundle.load(tmp_path / "r" / "bundle", allow_unsigned=True)
+    assert packed.digest == made["bundle"]["digest"] and packed.manifest["metrics"]["dice"]["value"] == made["metrics"]["dice"]["value"]
+    assert len((tmp_path / "reads.jsonl").read_text().splitlines()) == 1
