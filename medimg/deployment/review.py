@@ -140,7 +140,7 @@ class LocalAuth:
             `action`, `who`, and ids.
         """
 
-# %% ../../nbs/deployment/06b_review.ipynb #2967ea58
+# %% ../../nbs/deployment/06b_review.ipynb #15cfa2fb
 class SessionAuth(LocalAuth):
     """Users with passwords and roles, as the service has them.
 
@@ -150,8 +150,10 @@ class SessionAuth(LocalAuth):
         With `check(name, password)` that gives a principal or raises a ServiceError.
     sessions : object
         With `start(principal, old)`, `get(id)`, `end(id)`, `cookie_name` and `tls`, as `medimg.deployment.sessions.Sessions`.
-    throttle : callable, optional
-        `throttle(request, name)` raises a ServiceError when somebody guesses too fast.
+    throttle : object, optional
+        A `medimg.deployment.sessions.LoginThrottle`, which slows down who guesses.
+    peer : callable, optional
+        `peer(request)` is the address of the client; by default that of the connection.
     log : callable, optional
         Told each event (a dict), for example `AuditLog.write`.
 
@@ -163,8 +165,9 @@ class SessionAuth(LocalAuth):
 
     asks_name = True
 
-    def __init__(self, users, sessions, *, throttle=None, log=None):
+    def __init__(self, users, sessions, *, throttle=None, peer=None, log=None):
         self.users, self.sessions, self.throttle, self.log = users, sessions, throttle, log
+        self.peer = peer or (lambda request: request.client.host if request.client else "")
 
     def _session(self, request):
         try:
@@ -184,8 +187,10 @@ class SessionAuth(LocalAuth):
         """Check name and secret, start a session and set its cookie on the response; see `LocalAuth.login`."""
         try:
             if self.throttle:
-                self.throttle(request, name)
+                self.throttle.attempt(name, self.peer(request))
             session = self.sessions.start(self.users.check(name, secret), request.cookies.get(self.sessions.cookie_name))
+            if self.throttle:
+                self.throttle.succeeded(name, self.peer(request))
         except ServiceError as error:
             self.audit(request, {"action": "login", "outcome": getattr(error, "reason", "refused")})
             return False
@@ -249,7 +254,7 @@ def language_of(request) -> str:
             return wish
     return "en"
 
-# %% ../../nbs/deployment/06b_review.ipynb #120a18da
+# %% ../../nbs/deployment/06b_review.ipynb #b30b44f4
 def study_view(store, result: dict | None, study: dict | None, lang: str = "en") -> dict:
     """What the study page says, in words; the pictures apart.
 
@@ -275,9 +280,9 @@ def study_view(store, result: dict | None, study: dict | None, lang: str = "en")
     told = [] if result is None else store.labels(result["id"])
     return {"id": result and result["id"], "status": record["status"], "patient": patient_of(study, record, lang), **headline(record, lang), "bars": _bars(record, lang),
             "words": in_words(record, lang) if result else [say("unasked_words", lang)], "findings": finding_rows(record, lang),
-            "editable": record["status"] == "answered" and not record["probability"], "classes": _choices(record, lang),
+            "editable": record["status"] == "answered" and record["task"] == "detection", "classes": _choices(record, lang),
             "reasons": [_foreign(t, lang) for t in _reasons(record)], "warnings": [_foreign(t, lang) for t in record.get("warnings") or ()],
-            "recommendations": [_recommended(r) for r in record.get("recommendations") or () if isinstance(r, dict)], "model": record["model"],
+            "recommendations": sorted((_recommended(r) for r in record.get("recommendations") or () if isinstance(r, dict)), key=lambda r: _WEIGHT.get(r["status"], 1)), "model": record["model"],
             "origin": say(f"origin_{o}", lang) if record["model"] and (o := record["model"]["origin"]) in ("shipped", "signed", "unsigned", "unverified") else
             (record["model"] or {}).get("origin", ""), "created": record.get("created"), "labels": [_told(row, lang) for row in reversed(told)]}
 
@@ -289,9 +294,12 @@ def _reasons(record):
 
 
 def _foreign(text, lang):
-    """A sentence of another module, marked as English on a Chinese page."""
+    """A sentence of another module in the page's language where that is known, else marked as English."""
     from markupsafe import Markup
-    return {"text": text, "attr": Markup(' lang="en"') if lang != "en" else ""}
+
+    from medimg.deployment.words import translated
+    said, known = translated(text, lang)
+    return {"text": said, "attr": "" if known else Markup(' lang="en"')}
 
 
 def _bars(record, lang):
@@ -301,7 +309,7 @@ def _bars(record, lang):
     return [{"name": term(c, lang), "p": p, "text": number(p), "cut": cuts.get(c), "cut_text": say("cut", lang, cut=number(cuts[c])) if c in cuts else "",
              "own": c == record["label"]} for c, p in sorted(record["probability"].items(), key=lambda row: -row[1])]
 
-# %% ../../nbs/deployment/06b_review.ipynb #cef2f940
+# %% ../../nbs/deployment/06b_review.ipynb #c8f5851f
 def _choices(record, lang):
     """The classes a reader may choose when the model is wrong: its own is not among them."""
     if record["status"] == "answered" and not record["probability"]:
@@ -309,11 +317,23 @@ def _choices(record, lang):
     return [(c, term(c, lang)) for c in record["classes"] or () if c != record["label"]]
 
 
+_WEIGHT = {"applies": 0, "not assessable": 1, "not applicable": 2}
+
+
+def _told_value(value):
+    """A fact that a guideline used, for people."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_told_value, value))
+    if isinstance(value, dict) and "finding" in value:
+        return f"{value['finding'] + 1} {value.get('category') or value.get('status')}"
+    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else {True: "yes", False: "no", None: "unknown"}.get(value, value) if type(value) in (bool, type(None)) else str(value)
+
+
 def _recommended(row):
     used = row.get("inputs_used") or {}
     text = {k: str(row.get(k) or "") for k in ("guideline", "edition", "rule", "source", "status", "category", "text", "reason")}
-    return {**text, "used": "; ".join(f"{k}: {v}" for k, v in used.items()) if isinstance(used, dict) else "; ".join(map(str, used)),
-            "missing": "; ".join(map(str, row.get("inputs_missing") or ()))}
+    return {**text, "used": "; ".join(f"{k.replace('_', ' ')}: {_told_value(v)}" for k, v in used.items()),
+            "missing": "; ".join(str(name).replace("_", " ") for name in row.get("inputs_missing") or ())}
 
 
 def _told(row, lang):

@@ -40,7 +40,7 @@ def doubling_days(before_mm: float, now_mm: float, days: float) -> float | None:
     ratio = 3 * math.log(now_mm / before_mm)
     return days * math.log(2) / ratio if abs(ratio) > 1e-9 else None
 
-# %% ../../nbs/deployment/06r_showcase.ipynb #6588e190
+# %% ../../nbs/deployment/06r_showcase.ipynb #46422e46
 def _finding(nodule, k, before, prior_uid):
     from medimg.deployment.prediction import Finding
     d, known = nodule.diameter_mm, {f.name for f in fields(Finding)}
@@ -86,18 +86,14 @@ def truth_answer(case, kept: dict, *, before=None, prior_uid: str | None = None)
     middle = case.volume.crop(z=slice(case.volume.shape[0] // 2, case.volume.shape[0] // 2 + 1)).display()[0]
     study = {**dict.fromkeys(STUDY_FIELDS), "study_uid": kept["study_uid"], "series_uid": kept["series_uid"], "modality": "CT", "shape": list(case.volume.shape)}
     model = {"name": "phantom-truth", "version": "1", "digest": case.truth_sha256, "origin": "unsigned", "signature": None}
-    largest = max((n.diameter_mm for n in case.nodules), default=0)
     return Prediction("answered", "ct", task="detection", findings=findings, study=study, model=model, picture=middle, created="2026-01-05T09:00:00+00:00",
-                      recommendations=_advice(largest) if findings else (), warnings=("a toy: the findings are the truth of the phantom",)), mask
+                      recommendations=_advice(findings, case, prior_uid), warnings=("a toy: the findings are the truth of the phantom",)), mask
 
-# %% ../../nbs/deployment/06r_showcase.ipynb #481d5457
-def _advice(largest_mm):
-    """A recommendation in the form of the guideline chapter; the rule is Lung-RADS v2022's for a solid nodule at baseline."""
-    category, text = next(row for least, *row in ((15.0, "4B", "Diagnostic chest CT, PET/CT or tissue sampling, as the clinician decides"), (8.0, "4A", "LDCT in 3 months"),
-                                                  (6.0, "3", "LDCT in 6 months"), (0.0, "2", "LDCT in 12 months")) if largest_mm >= least)
-    return ({"guideline": "Lung-RADS", "edition": "v2022", "rule": f"toy-{category}", "source": "example", "status": "applies", "category": category, "text": text,
-             "finding": 0, "inputs_used": {"mean_diameter_mm": round(largest_mm, 1)}, "inputs_missing": ["screening history"], "reason": None,
-             "note": "for the clinician's decision"},)
+# %% ../../nbs/deployment/06r_showcase.ipynb #a0e7c640
+def _advice(findings, case, prior_uid):
+    """What the guidelines say of them for a person who smokes and comes for screening."""
+    from medimg.deployment.recommend import recommend
+    return recommend(findings, {"age_years": case.anatomy.age_years, "sex": case.anatomy.sex, "screening": True, "risk": "high", "smoker": True, "prior_ct": prior_uid is not None})
 
 
 def _changed(path, **values):
@@ -132,7 +128,7 @@ def _add_ct_patient(store, seed, folder, shape, spacing):
     answer, mask = truth_answer(now, second, before=_BEFORE, prior_uid=first["study_uid"])
     return store.add_result(prior, mask=prior_mask), store.add_result(answer, mask=mask)
 
-# %% ../../nbs/deployment/06r_showcase.ipynb #da077c1b
+# %% ../../nbs/deployment/06r_showcase.ipynb #c0e9dd6e
 def _add_radiographs(store, folder):
     """An opacity, a clear film, and one that shows no chest: result ids by kind."""
     from medimg.data.phantom import draw_anatomy, draw_opacity, radiograph
@@ -147,6 +143,7 @@ def _add_radiographs(store, folder):
         path.write_bytes(_changed(write_radiograph(image, folder / f"film{seed}.dcm", seed=seed), PatientName=name, **{**facts, **more}))
         store.add_instance(path.read_bytes())
         out[kind] = store.add_result(predict("phantom-cxr", path)[0])
+    out["lungs"] = store.add_result(predict("phantom-lungs", folder / "clear.dcm")[0])
     return out
 
 
@@ -164,14 +161,14 @@ def fill_store(store, *, seed: int = 7, shape=(100, 224, 224), spacing_mm=(3.0, 
     Returns
     -------
     dict
-        Result ids: `ct`, `prior`, `opacity`, `clear`, `refused`.
+        Result ids: `ct`, `prior`, `opacity`, `clear`, `refused`, and `lungs`: outlines on the clear film.
 
     Examples
     --------
     >>> import tempfile
     >>> from medimg.deployment.store import Store
     >>> sorted(fill_store(Store(tempfile.mkdtemp()), shape=(12, 40, 40), spacing_mm=(25, 9, 9)))
-    ['clear', 'ct', 'opacity', 'prior', 'refused']
+    ['clear', 'ct', 'lungs', 'opacity', 'prior', 'refused']
     """
     import tempfile
     from pathlib import Path

@@ -7,13 +7,14 @@ __all__ = ['LANGUAGES', 'QUIET', 'LARGE_MM', 'NEAR', 'GROWING_DAYS', 'say', 'ter
            'person', 'day', 'age', 'waited', 'rows_of', 'patient_of', 'headline', 'certainty', 'in_words',
            'finding_rows']
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #16b95d0b
+# %% ../../nbs/deployment/06p_worklist.ipynb #fde43378
 import json
 import math
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
+from . import words
 from ..errors import ConfigError, nearest, printable
 
 #: Language -> value of HTML's `lang`.
@@ -51,10 +52,10 @@ def say(key: str, lang: str = "en", **values) -> str:
     >>> say("largest", "zh", mm="9.1")
     '最大 9.1 mm'
     """
-    words = _catalogue()["words"]
-    if key not in words or lang not in LANGUAGES:
-        raise ConfigError(f"no text {key!r} in {lang!r}", remedy=nearest(key, words))
-    return words[key][list(LANGUAGES).index(lang)].format(**values)
+    known = _catalogue()["words"]
+    if key not in known or lang not in LANGUAGES:
+        raise ConfigError(f"no text {key!r} in {lang!r}", remedy=nearest(key, known))
+    return known[key][list(LANGUAGES).index(lang)].format(**values)
 
 
 def term(name, lang: str = "en") -> str:
@@ -71,7 +72,7 @@ def term(name, lang: str = "en") -> str:
     ('right upper lobe', '右肺上叶', 'Widget')
     """
     known = _catalogue()
-    return (known["terms"] if lang == "zh" else known["english"]).get(name, name)
+    return known["terms"].get(name) or words.term(name, lang) if lang == "zh" else known["english"].get(name, name)
 
 # %% ../../nbs/deployment/06p_worklist.ipynb #17a9b30a
 QUIET = {"normal", "no finding", "clear", "background", "benign", "negative", "healthy"}
@@ -123,7 +124,7 @@ def doubt(record: dict) -> float:
     total, n = sum(p), len(record.get("probability") or ())
     return -sum(v / total * math.log(v / total) for v in p) / math.log(n) if n > 1 and total else 0.0
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #fc41a9f8
+# %% ../../nbs/deployment/06p_worklist.ipynb #31ac70ae
 def number(value, digits: int = 2) -> str:
     """A probability or size for people, with no false certainty: never 0.00 or 1.00 for what is neither.
 
@@ -144,8 +145,17 @@ def number(value, digits: int = 2) -> str:
     return f"> {1 - step:.{digits}f}" if 1 - step / 2 < value < 1 else f"{value:.{digits}f}"
 
 
+def _finds(record):
+    """Whether its findings are lesions: neither the region behind a probability nor the outline of an organ."""
+    return not record.get("probability") and record.get("task") != "segmentation"
+
+
 def _size(finding):
     return finding.get("mean_diameter_mm") or finding.get("long_axis_mm") or 0.0
+
+
+def _grows(growth):
+    return bool(growth) and (growth.get("relation") == "new" or 0 < (growth.get("volume_doubling_days") or 0) < GROWING_DAYS)
 
 
 def _urgent(record):
@@ -156,12 +166,9 @@ def _urgent(record):
     for row in record["recommendations"]:
         if isinstance(row, dict) and row.get("status") == "applies" and str(row.get("category") or "")[:1] in ("4", "5", "6"):
             yield "why_category", {"guideline": row["guideline"], "category": row["category"]}
-    for finding in record["findings"] if not p else ():
-        growth = finding.get("growth") or {}
-        if growth.get("relation") == "new":
-            yield "why_new", {}
-        elif 0 < (growth.get("volume_doubling_days") or 0) < GROWING_DAYS:
-            yield "why_growth", {"days": round(growth["volume_doubling_days"])}
+    for finding in record["findings"] if _finds(record) else ():
+        if _grows(growth := finding.get("growth")):
+            yield ("why_new", {}) if growth["relation"] == "new" else ("why_growth", {"days": round(growth["volume_doubling_days"])})
         if _size(finding) >= LARGE_MM:
             yield "why_size", {"mm": f"{_size(finding):.1f}"}
 
@@ -174,7 +181,7 @@ def _unsure(record):
         yield "why_set", {}
     if (ood.get("threshold") or 0) > 0 and ood["score"] > 0.9 * ood["threshold"]:
         yield "why_ood", {}
-    if record["findings"] and not p:
+    if record["findings"] and _finds(record):
         yield "why_small", {}
 
 # %% ../../nbs/deployment/06p_worklist.ipynb #69e7a85d
@@ -311,7 +318,7 @@ def waited(created: str, lang: str = "en", now=None) -> str:
             return say(key, lang, n=int(seconds // unit))
     return say("just_now", lang)
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #b6dbb7f5
+# %% ../../nbs/deployment/06p_worklist.ipynb #03736388
 def rows_of(store, lang: str = "en", *, limit: int = 1000) -> list:
     """The worklist, in order.
 
@@ -357,9 +364,10 @@ def _row(result, study, labels, lang):
                                               "recommendations": [], "study": None, "model": None, "source": ""}
     return {"id": result and result["id"], "study_uid": study["study_uid"] if study else None, "band": group, "why": say(key, lang, **values), "risk": risk(record),
             "doubt": doubt(record), "created": (result or study)["created"], "waited": waited((result or study)["created"], lang), **patient_of(study, record, lang),
-            **headline(record, lang), "certainty": certainty(record, lang), "labels": [dict(label) for label in labels], "status": record["status"]}
+            **headline(record, lang), "certainty": certainty(record, lang), "labels": [dict(label) for label in labels], "status": record["status"],
+            "model": (record["model"] or {}).get("name", "")}
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #b859462c
+# %% ../../nbs/deployment/06p_worklist.ipynb #1d06095a
 def patient_of(study: dict | None, record: dict, lang: str = "en") -> dict:
     """Who and what: from the store's study, and where there is none from what the answer noted.
 
@@ -411,6 +419,8 @@ def headline(record: dict, lang: str = "en") -> dict:
     if record["label"] and record["probability"]:
         p = record["probability"][record["label"]]
         return {"head": term(record["label"], lang), "detail": number(p), "p": p}
+    if record.get("task") == "segmentation":
+        return {"head": say("list", lang).join(dict.fromkeys(term(f["label"], lang) for f in record["findings"])) or say("no_findings", lang), "detail": say("outlined", lang), "p": None}
     n = len(record["findings"])
     largest = max(map(_size, record["findings"]), default=0)
     return {"head": say("one_finding" if n == 1 else "n_findings" if n else "no_findings", lang, n=n), "detail": say("largest", lang, mm=f"{largest:.1f}") if largest else "", "p": None}
@@ -436,9 +446,9 @@ def certainty(record: dict, lang: str = "en") -> str:
     if "why_set" in reasons and record["prediction_set"]:
         return say("sure_set", lang, names=say("or", lang).join(term(c, lang) for c in record["prediction_set"]))
     key = next((k for r, k in (("why_set", "sure_ood"), ("why_ood", "sure_ood"), ("why_near", "sure_near")) if r in reasons), "sure")
-    return say(key if record["probability"] else "sure_scores", lang)
+    return say(key if record["probability"] else "sure_scores", lang) if record.get("task") != "segmentation" else "–"
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #65680731
+# %% ../../nbs/deployment/06p_worklist.ipynb #af92f8e3
 def in_words(record: dict, lang: str = "en") -> list:
     """What the numbers say and what they do not, as sentences.
 
@@ -473,7 +483,8 @@ def in_words(record: dict, lang: str = "en") -> list:
         out.append(say("entropy", lang, bits=f"{record['uncertainty']['entropy_bits']:.2f}", most=f"{math.log2(len(p)):.2f}"))
     if record["ood"]:
         out.append(say("ood_words", lang, score=f"{record['ood']['score']:.0f}", cut=f"{record['ood']['threshold']:.0f}"))
-    return [*out, say("not_said" if p else "score_words", lang)]
+    last = say("not_said" if p else "score_words", lang) if record["task"] != "segmentation" else words.say("outline", lang)
+    return [*out, last]
 
 
 def _set_words(kept, lang):
@@ -482,7 +493,7 @@ def _set_words(kept, lang):
     names = [term(c, lang) for c in kept]
     return say("set_empty", lang) if not names else say("set_one", lang, name=names[0]) if len(names) == 1 else say("set_many", lang, names=say("list", lang).join(names))
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #7dcac26c
+# %% ../../nbs/deployment/06p_worklist.ipynb #5cb9cccc
 def finding_rows(record: dict, lang: str = "en") -> list:
     """The findings of an answer as text.
 
@@ -495,7 +506,7 @@ def finding_rows(record: dict, lang: str = "en") -> list:
     Returns
     -------
     list of dict
-        `n` (from 1), `title`, `where`, `size` and `change` (lists of str), `note`, `type`.
+        `n` (from 1), `title`, `where`, `size` and `change` (lists of str), `grows`, `note`, `type`.
 
     Examples
     --------
@@ -503,8 +514,9 @@ def finding_rows(record: dict, lang: str = "en") -> list:
     >>> row["title"], row["where"], row["size"]
     ('nodule, solid', 'left upper lobe', ['mean 9.1 mm', 'score 0.80'])
     """
-    return [{"n": k, "title": ", ".join(dict.fromkeys(term(v, lang) for v in (f["label"], f["type"]) if v and v != "evidence-region")),
-             "where": term(f.get("lobe") or f.get("side") or "", lang), "size": _sizes(f, lang), "change": _change(f.get("growth"), lang), "note": f.get("note") or "",
+    return [{"n": k, "title": ", ".join(dict.fromkeys(term(v, lang) for v in (f["label"], f["type"]) if v and v not in ("evidence-region", "outline"))),
+             "where": term(f.get("lobe") or f.get("side") or "", lang), "size": _sizes(f, lang) or [words.translated(f.get("note") or "", lang)[0]], "change": _change(f.get("growth"), lang), "grows": _grows(f.get("growth")),
+             "note": f.get("note") or "",
              "type": f["type"]} for k, f in enumerate(record["findings"], 1)]
 
 
