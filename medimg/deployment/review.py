@@ -6,7 +6,7 @@
 __all__ = ['MAX_FORM_BYTES', 'POLICY', 'Person', 'LocalAuth', 'SessionAuth', 'language_of', 'study_view', 'pane_of', 'read_form',
            'router', 'create_review_app']
 
-# %% ../../nbs/deployment/06b_review.ipynb #280ba438
+# %% ../../nbs/deployment/06b_review.ipynb #9f3bffbe
 import hmac
 import json
 import secrets
@@ -31,7 +31,18 @@ _HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosnif
 
 
 class Person(NamedTuple):
-    """Somebody on this computer, who may do everything the page offers."""
+    """Somebody on this computer, who may do everything the page offers.
+
+    Parameters
+    ----------
+    name, role : str
+        As labels and the audit log show them.
+
+    Examples
+    --------
+    >>> Person("local").may("label:write")
+    True
+    """
 
     name: str
     role: str = "clinician"
@@ -140,7 +151,7 @@ class LocalAuth:
             `action`, `who`, and ids.
         """
 
-# %% ../../nbs/deployment/06b_review.ipynb #15cfa2fb
+# %% ../../nbs/deployment/06b_review.ipynb #17ac5679
 class SessionAuth(LocalAuth):
     """Users with passwords and roles, as the service has them.
 
@@ -176,15 +187,32 @@ class SessionAuth(LocalAuth):
             return None
 
     def principal(self, request):
-        """The principal of the request's session, or None; see `LocalAuth.principal`."""
+        """The principal of the session, or None; see `LocalAuth.principal`.
+
+        Parameters
+        ----------
+        request : starlette.requests.Request
+        """
         return getattr(self._session(request), "principal", None)
 
     def csrf(self, request):
-        """The token of the request's session; see `LocalAuth.csrf`."""
+        """The token for forms of the session; see `LocalAuth.csrf`.
+
+        Parameters
+        ----------
+        request : starlette.requests.Request
+        """
         return getattr(self._session(request), "csrf", "")
 
     def login(self, request, response, name, secret):
-        """Check name and secret, start a session and set its cookie on the response; see `LocalAuth.login`."""
+        """Check name and password, start a session and set its cookie; see `LocalAuth.login`.
+
+        Parameters
+        ----------
+        request, response : starlette objects
+        name, secret : str
+            As typed.
+        """
         try:
             if self.throttle:
                 self.throttle.attempt(name, self.peer(request))
@@ -198,12 +226,24 @@ class SessionAuth(LocalAuth):
         return True
 
     def logout(self, request, response):
-        """End the session of the request and its cookie on the response; see `LocalAuth.logout`."""
+        """End the session and its cookie; see `LocalAuth.logout`.
+
+        Parameters
+        ----------
+        request, response : starlette objects
+        """
         self.sessions.end(request.cookies.get(self.sessions.cookie_name, ""))
         response.delete_cookie(self.sessions.cookie_name, path="/", secure=bool(self.sessions.tls), httponly=True, samesite="strict")
 
     def audit(self, request, event):
-        """Hand an event of a request to the log; see `LocalAuth.audit`."""
+        """Hand an event to the log; see `LocalAuth.audit`.
+
+        Parameters
+        ----------
+        request : starlette.requests.Request
+        event : dict
+            Without text of the patient.
+        """
         if self.log:
             self.log(event)
 
@@ -581,7 +621,7 @@ def _list_routes(site):
     yield "/", ["GET"], None, home, False
     yield "/static/{name}", ["GET"], None, static, True
 
-# %% ../../nbs/deployment/06b_review.ipynb #66997447
+# %% ../../nbs/deployment/06b_review.ipynb #9c3c6403
 def _study_of(store, uid):
     return next(iter(store.studies(study_uid=uid)), None) if uid else None
 
@@ -607,9 +647,9 @@ def _series_pane(site, base, study, modality=None, title="", corner=()):
         return pane_of(pixels, f"series/{study['study_uid']}/{series['series_uid']}", base, title=title, corner=corner), False
     raise DicomError("holds no series of images", remedy="choose another study")
 
-
-def _study_page(site, request, principal, lang, result, study):
-    base, v = site.base(request), study_view(site.store, result, study, lang)
+# %% ../../nbs/deployment/06b_review.ipynb #39c35f9c
+def _panes(site, base, v, result, study):
+    """(list of the one pane, misfit, why there is none)."""
     corner, panes, misfit, why = [v["patient"]["name"], " · ".join(filter(None, (v["patient"]["sex"], v["patient"]["age"], v["patient"]["patient_id"])))], [], False, ""
     try:
         if result:
@@ -620,6 +660,12 @@ def _study_page(site, request, principal, lang, result, study):
             panes = [_series_pane(site, base, study, title=v["patient"]["date"], corner=corner)[0]]
     except MedimgError as error:
         why = str(error)
+    return panes, misfit, why
+
+
+def _study_page(site, request, principal, lang, result, study):
+    base, v = site.base(request), study_view(site.store, result, study, lang)
+    panes, misfit, why = _panes(site, base, v, result, study)
     priors = _priors(site.store, study)
     chosen = next((s for s in priors if s["study_uid"] == request.query_params.get("prior")), None)
     if chosen and panes:
@@ -645,7 +691,7 @@ def _other(result, lang):
     model = result["record"]["model"] or {}
     return f"{model.get('name', '')} {model.get('version', '')}: {headline(result['record'], lang)['head']} ({result['created'][:10]})"
 
-# %% ../../nbs/deployment/06b_review.ipynb #e2aefd8d
+# %% ../../nbs/deployment/06b_review.ipynb #17d6d3a9
 def _result_of(site, request):
     text = request.path_params["result_id"]
     if not text.isascii() or not text.isdigit() or len(text) > 18:
@@ -675,7 +721,7 @@ def _page_routes(site):
     yield "/study/{study_uid}", ["GET"], "study:read", study_page, False
     yield "/result/{result_id}/label", ["POST"], "label:write", label, False
 
-
+# %% ../../nbs/deployment/06b_review.ipynb #1c7bc572
 def _label_of(form, record):
     """`label` and `findings` for the store from the fields of the form; only what belongs to the verdict counts."""
     verdict = form.get("verdict")
@@ -724,7 +770,7 @@ def _data_routes(site):
 def _whole(text, default):
     return default if text is None else int(text) if text.isascii() and text.isdigit() and len(text) < 8 else -1
 
-# %% ../../nbs/deployment/06b_review.ipynb #b5ad25fd
+# %% ../../nbs/deployment/06b_review.ipynb #d0ebe3fa
 def _picture_routes(site):
     from starlette.responses import Response
 
@@ -747,26 +793,35 @@ def _picture_routes(site):
                        field_mm=field or None, height=560)
         return Response(png_bytes(image), media_type="image/png")
 
-    def paper(request, principal, lang, form):
-        result = _result_of(site, request)
-        v, base = study_view(site.store, result, _study_of(site.store, result["study_uid"]), lang), site.base(request)
-        pixels, shots = site.shown(result)[0], []
-        for row, finding in zip(v["findings"], result["record"]["findings"]):
-            place = place_of(pixels, finding) if pixels is not None else None
-            row["slice"] = place["z"] + 1 if place and len(pixels.array) > 1 else None
-            if place and len(shots) < 12:
-                text = [say("finding_n", lang, n=row["n"]), row["title"], f"{say('slice', lang)} {row['slice']} / {len(pixels.array)}" if row["slice"] else ""]
-                shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png", "text": " · ".join(filter(None, text))})
-                if "radius_mm" in place:
-                    shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png?mm=80", "text": " · ".join((text[0], say("field", lang, mm=80)))})
-        if pixels is not None and (len(pixels.array) == 1 or not shots):
-            shots.insert(0, {"src": f"{base}/shot/{v['id']}/0.png", "text": v["patient"]["modality"] or say("images", lang)})
-        return site.page(request, "review_print.html.j2", lang, principal=principal, v=v, shots=shots, now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"))
     yield "/thumb/{result_id}.png", ["GET"], "worklist:read", thumb, True
     yield "/shot/{result_id}/{n}.png", ["GET"], "study:read", shot, True
+
+# %% ../../nbs/deployment/06b_review.ipynb #ab997e72
+def _shots(v, record, pixels, base, lang):
+    """Address and caption of each picture of the print view; the findings' rows get their slice."""
+    shots = []
+    for row, finding in zip(v["findings"], record["findings"]):
+        place = place_of(pixels, finding) if pixels is not None else None
+        row["slice"] = place["z"] + 1 if place and len(pixels.array) > 1 else None
+        if place and len(shots) < 12:
+            text = [say("finding_n", lang, n=row["n"]), row["title"], f"{say('slice', lang)} {row['slice']} / {len(pixels.array)}" if row["slice"] else ""]
+            shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png", "text": " · ".join(filter(None, text))})
+            if "radius_mm" in place:
+                shots.append({"src": f"{base}/shot/{v['id']}/{row['n']}.png?mm=80", "text": " · ".join((text[0], say("field", lang, mm=80)))})
+    if pixels is not None and (len(pixels.array) == 1 or not shots):
+        shots.insert(0, {"src": f"{base}/shot/{v['id']}/0.png", "text": v["patient"]["modality"] or say("images", lang)})
+    return shots
+
+
+def _print_routes(site):
+    def paper(request, principal, lang, form):
+        result = _result_of(site, request)
+        v = study_view(site.store, result, _study_of(site.store, result["study_uid"]), lang)
+        shots = _shots(v, result["record"], site.shown(result)[0], site.base(request), lang)
+        return site.page(request, "review_print.html.j2", lang, principal=principal, v=v, shots=shots, now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"))
     yield "/result/{result_id}/print", ["GET"], "study:read", paper, False
 
-# %% ../../nbs/deployment/06b_review.ipynb #40aa3d9e
+# %% ../../nbs/deployment/06b_review.ipynb #46d8b099
 def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = None):
     """The review page for an application.
 
@@ -794,7 +849,7 @@ def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = N
     """
     from fastapi import APIRouter
     site, out = _Site(store, auth, prefix.rstrip("/"), cache), APIRouter()
-    for routes in (_login_routes, _list_routes, _page_routes, _data_routes, _picture_routes):
+    for routes in (_login_routes, _list_routes, _page_routes, _data_routes, _picture_routes, _print_routes):
         for path, methods, action, handler, data in routes(site):
             out.add_route(site.prefix + path, _guarded(site, action, handler, data=data), methods=methods, include_in_schema=False)
     return out

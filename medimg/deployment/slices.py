@@ -344,7 +344,7 @@ def place_of(pixels: Pixels, finding: dict) -> dict | None:
     inside = all(-0.5 <= place.get(k, 0) <= n - 0.5 for k, n in zip("zyx", shape[:3]))
     return place if inside else None
 
-# %% ../../nbs/deployment/06q_slices.ipynb #11811b94
+# %% ../../nbs/deployment/06q_slices.ipynb #5a8e41f8
 def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mark: dict | None = None, field_mm: float | None = None,
            height: int = 480) -> np.ndarray:
     """One slice as a picture with its overlay.
@@ -397,7 +397,7 @@ def render(pixels: Pixels, z: int, *, window=None, mask=None, heat_map=None, mar
         cv2.drawContours(image, edges, -1, (255, 214, 90), 1, cv2.LINE_AA)
     return _marked(image, mark, scale, dy) if mark and "y" in mark else image
 
-
+# %% ../../nbs/deployment/06q_slices.ipynb #421eee75
 def _detail(pixels, mask, heat_map, mark, field_mm):
     """Everything cut to a square around the mark, moved inwards at the edge; no mark."""
     rows, columns = pixels.array.shape[1:3]

@@ -7,7 +7,7 @@ __all__ = ['LANGUAGES', 'QUIET', 'LARGE_MM', 'NEAR', 'GROWING_DAYS', 'say', 'ter
            'person', 'day', 'age', 'waited', 'rows_of', 'patient_of', 'headline', 'certainty', 'in_words',
            'finding_rows']
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #fde43378
+# %% ../../nbs/deployment/06p_worklist.ipynb #9ba1836e
 import json
 import math
 from datetime import datetime, timezone
@@ -65,6 +65,10 @@ def term(name, lang: str = "en") -> str:
     ----------
     name : str
     lang : {"en", "zh"}
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -124,7 +128,7 @@ def doubt(record: dict) -> float:
     total, n = sum(p), len(record.get("probability") or ())
     return -sum(v / total * math.log(v / total) for v in p) / math.log(n) if n > 1 and total else 0.0
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #31ac70ae
+# %% ../../nbs/deployment/06p_worklist.ipynb #381d25ef
 def number(value, digits: int = 2) -> str:
     """A probability or size for people, with no false certainty: never 0.00 or 1.00 for what is neither.
 
@@ -133,6 +137,10 @@ def number(value, digits: int = 2) -> str:
     value : float
     digits : int
         Behind the point.
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -235,7 +243,7 @@ def order(row: dict) -> tuple:
     """
     return row["band"], -row["risk"], -row["doubt"], row["created"]
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #d2f1d673
+# %% ../../nbs/deployment/06p_worklist.ipynb #91c556cf
 def person(name, lang: str = "en") -> str:
     """A DICOM person name as people write it; empty when there is none.
 
@@ -244,6 +252,10 @@ def person(name, lang: str = "en") -> str:
     name : str or None
         PN value.
     lang : {"en", "zh"}
+
+    Returns
+    -------
+    str
 
     References
     ----------
@@ -286,6 +298,10 @@ def age(text, lang: str = "en") -> str:
     text : str, number or None
     lang : {"en", "zh"}
 
+    Returns
+    -------
+    str
+
     Examples
     --------
     >>> age("062Y"), age(62.0, "zh"), age("")
@@ -306,6 +322,10 @@ def waited(created: str, lang: str = "en", now=None) -> str:
         ISO 8601 with a time zone.
     lang : {"en", "zh"}
     now : datetime, optional
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -367,7 +387,7 @@ def _row(result, study, labels, lang):
             **headline(record, lang), "certainty": certainty(record, lang), "labels": [dict(label) for label in labels], "status": record["status"],
             "model": (record["model"] or {}).get("name", "")}
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #1d06095a
+# %% ../../nbs/deployment/06p_worklist.ipynb #8f3a9947
 def patient_of(study: dict | None, record: dict, lang: str = "en") -> dict:
     """Who and what: from the store's study, and where there is none from what the answer noted.
 
@@ -434,6 +454,10 @@ def certainty(record: dict, lang: str = "en") -> str:
     record : dict
         JSON of a Prediction.
     lang : {"en", "zh"}
+
+    Returns
+    -------
+    str
 
     Examples
     --------
