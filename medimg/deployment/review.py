@@ -6,7 +6,7 @@
 __all__ = ['MAX_FORM_BYTES', 'POLICY', 'Person', 'LocalAuth', 'SessionAuth', 'language_of', 'study_view', 'pane_of', 'read_form',
            'router', 'create_review_app']
 
-# %% ../../nbs/deployment/06b_review.ipynb #9f3bffbe
+# %% ../../nbs/deployment/06b_review.ipynb #226c142e
 import hmac
 import json
 import secrets
@@ -26,7 +26,7 @@ from ..errors import ConfigError, DicomError, MedimgError, ServiceError, printab
 MAX_FORM_BYTES = 512 << 10
 #: No script, style, frame or request that is not this page's own.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-_HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
+_HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "same-origin", "cache-control": "no-store",
             "cross-origin-resource-policy": "same-origin", "cross-origin-opener-policy": "same-origin", "x-frame-options": "DENY"}
 
 
@@ -384,7 +384,7 @@ def _told(row, lang):
     extra += [say("n_added", lang, n=len(added))] if added else []
     return {**row, "extra": " · ".join(extra)}
 
-# %% ../../nbs/deployment/06b_review.ipynb #66453da2
+# %% ../../nbs/deployment/06b_review.ipynb #4858f38a
 _EDGES = {"L": ("R", "L"), "R": ("L", "R"), "P": ("A", "P"), "A": ("P", "A"), "S": ("I", "S"), "I": ("S", "I")}
 
 
@@ -416,7 +416,7 @@ def pane_of(pixels, source: str, base: str, *, findings=(), overlays=(), title: 
     >>> pane_of(picture_pixels(np.zeros((4, 6), "uint8")), "result/1", "/review")["shape"]
     [1, 4, 6]
     """
-    placed = [{"n": k, **place} for k, f in enumerate(findings, 1) if (place := place_of(pixels, f))]
+    placed = [{"n": k, "outline": f.get("type") == "outline", **place} for k, f in enumerate(findings, 1) if (place := place_of(pixels, f))]
     shape, (left, right), (top, bottom) = [int(n) for n in pixels.array.shape[:3]], ("", ""), ("", "")
     if pixels.letters and pixels.modality in ("CT", "MR", "PT"):
         (top, bottom), (left, right) = (_EDGES[letter] for letter in pixels.letters[1:])
@@ -469,7 +469,7 @@ class _Site:
                 self._shown.popitem(last=False)
         return found
 
-# %% ../../nbs/deployment/06b_review.ipynb #a1a21651
+# %% ../../nbs/deployment/06b_review.ipynb #2cb52e94
 class _Refused(ServiceError):
     """An answer with another status than 200; `key` of the heading."""
 
@@ -521,8 +521,9 @@ async def read_form(request, limit: int = MAX_FORM_BYTES) -> dict:
 
 def _check_sent(site, request, form, principal):
     """Refuse a form that another site made the browser send."""
-    origin = request.headers.get("origin")
-    if origin and (origin == "null" or urlsplit(origin).netloc != request.headers.get("host")) or request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+    origin, place = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    strange = origin and urlsplit(origin).netloc != request.headers.get("host") and not (origin == "null" and place == "same-origin")   # null: the page sends no referrer
+    if strange or place in ("cross-site", "same-site"):
         raise _Refused(403, "forbidden", "the form came from another site")
     if principal is not None and not hmac.compare_digest(form.get("csrf", "").encode(), site.auth.csrf(request).encode()):
         raise _Refused(403, "forbidden", "expired")

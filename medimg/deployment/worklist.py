@@ -387,7 +387,7 @@ def _row(result, study, labels, lang):
             **headline(record, lang), "certainty": certainty(record, lang), "labels": [dict(label) for label in labels], "status": record["status"],
             "model": (record["model"] or {}).get("name", "")}
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #8f3a9947
+# %% ../../nbs/deployment/06p_worklist.ipynb #1beca5e7
 def patient_of(study: dict | None, record: dict, lang: str = "en") -> dict:
     """Who and what: from the store's study, and where there is none from what the answer noted.
 
@@ -435,7 +435,7 @@ def headline(record: dict, lang: str = "en") -> dict:
     {'head': 'normal', 'detail': '0.90', 'p': 0.9}
     """
     if record["status"] != "answered":
-        return {"head": say({"refused": "refused", "error": "error"}.get(record["status"], "unasked"), lang), "detail": "; ".join(record.get("reasons") or ())[:200], "p": None}
+        return {"head": say({"refused": "refused", "error": "error"}.get(record["status"], "unasked"), lang), "detail": "; ".join(words.translated(t, lang)[0] for t in record.get("reasons") or ())[:200], "p": None}
     if record["label"] and record["probability"]:
         p = record["probability"][record["label"]]
         return {"head": term(record["label"], lang), "detail": number(p), "p": p}

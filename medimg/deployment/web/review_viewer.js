@@ -177,7 +177,7 @@ export class Viewer {
     let x = x0 + (f.x + 0.5) * this.sx * s, y = y0 + (f.y + 0.5) * this.sy * s, r;
     if (f.box) {
       const [a, b, e, d] = f.box;
-      c.strokeRect(x0 + b * this.sx * s, y0 + a * this.sy * s, (d - b) * this.sx * s, (e - a) * this.sy * s);
+      if (!f.outline || !this.over || on) c.strokeRect(x0 + b * this.sx * s, y0 + a * this.sy * s, (d - b) * this.sx * s, (e - a) * this.sy * s);
       x = x0 + d * this.sx * s; y = y0 + a * this.sy * s; r = 0;
     } else {
       r = (f.radius_mm || 5) * s + 8;
