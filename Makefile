@@ -25,7 +25,7 @@ else
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
 endif
 
-.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz soak lint locks sizes clean
+.PHONY: help setup demo test lab course docs reproduce bench bench-peers fuzz soak lint sbom container locks sizes clean
 
 help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
@@ -80,6 +80,15 @@ lint: $(DEV)  ## ruff, the locks against settings.ini, and known vulnerabilities
 	    echo "Remedy: make lint with a network and an index that answers for vulnerabilities (PyPI itself; a mirror may not)."; \
 	    if grep -qE "Found [1-9][0-9]* known vulnerabilit" artefacts/pip-audit.txt; then exit 1; fi; \
 	  else exit $$status; fi
+
+sbom: $(DEV)  ## the bill of materials (CycloneDX) of a deployed service into artefacts/sbom.cdx.json (offline)
+	@$(PY) tools/sbom.py
+
+container: $(DEV)  ## build the container of the service from the lock (needs podman or docker, and a network)
+	@$(PY) tools/sbom.py --requirements artefacts/serve.txt
+	@engine=$$(command -v podman || command -v docker) || { \
+	  echo "container: neither podman nor docker is installed. Remedy: install one of them; the Containerfile says how to run the result."; exit 1; }; \
+	  "$$engine" build --file Containerfile --tag medimg .
 
 locks: $(DEV)  ## make locks/ and environment.yml again after a change of settings.ini (network)
 	@$(PY) tools/locks.py

@@ -235,7 +235,7 @@ def recipe_for(name: str):
     from medimg.training.recipes import RECIPES, plain_recipe
     return next((r for r in RECIPES.values() if r.dataset == name), None) or plain_recipe(name)
 
-# %% ../nbs/foundations/api.ipynb #e504376c
+# %% ../nbs/foundations/api.ipynb #c0e4da15
 def load_predictor(run_or_bundle):
     """The trained network in a run folder, or a bundle, as a Predictor; with its facts.
 
@@ -276,7 +276,7 @@ def load_predictor(run_or_bundle):
     return bundle, {"name": m["name"], "dataset": m["training"]["dataset"], "task": m["task"], "classes": list(m["classes"]), "version": m["version"],
                     "threshold": threshold, "trained_on": m["training"]["checksum"], "seed": m["training"]["seed"]}
 
-# %% ../nbs/foundations/api.ipynb #d5a59750
+# %% ../nbs/foundations/api.ipynb #02fd19b5
 def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 2000, seed: int = 0, data: str = "auto", n: int | None = None,
              log: Path | None = None, progress: bool = True, card: Path | str | None = None) -> dict:
     """How good a run or bundle is on a fold, every number with its 95 % interval.
@@ -329,7 +329,7 @@ def evaluate(run_or_bundle, dataset=None, *, split: str = "test", n_boot: int = 
     made = None if folder is None else sections(**_asked_again(predictor, given, dataset, split, part))
     result = _judged_facts(facts, dataset, split, part, estimates, given["kind"], n_boot, log)
     if made:
-        result["card"] = _write_card(folder, result, *made, part, getattr(predictor, "manifest", None))
+        result["card"] = _write_card(folder, result, *made, dataset, part, getattr(predictor, "manifest", None))
     return result
 
 # %% ../nbs/foundations/api.ipynb #3bbc0bd9
@@ -378,7 +378,7 @@ def _asked_again(predictor, given, dataset, split, part):
     return {"predict": predictor.predict, "calibration": None if val is None else (val.labels, predictor.predict(val.images)),
             "maps": (predictor.cam, part.masks) if part.images.ndim == 3 and hasattr(predictor, "cam") else None}
 
-# %% ../nbs/foundations/api.ipynb #60130f76
+# %% ../nbs/foundations/api.ipynb #8e7d21e7
 def _judged_facts(facts, dataset, split, part, estimates, kind, n_boot, log):
     """The result of an evaluation; a look at a test fold goes into the ledger."""
     from medimg.experiments.protocol import log_test_read
@@ -390,10 +390,11 @@ def _judged_facts(facts, dataset, split, part, estimates, kind, n_boot, log):
             "metrics": {k: e.to_dict() for k, e in estimates.items()}, "test_reads": reads, "research_use": RESEARCH_USE}
 
 
-def _write_card(folder, result, sections, warnings, part, manifest):
+def _write_card(folder, result, sections, warnings, dataset, part, manifest):
     """Sections with their head and the checklist, as a card in a folder; returns the paths as text."""
-    from medimg.evaluation.answers import about_data, card_points
+    from medimg.evaluation.answers import about_data, card_points, sheet_section
     from medimg.evaluation.card import make_card, write_card
+    sections = [*sections, sheet_section(dataset)]
     made = make_card(_about_model(result, manifest), about_data(part, result), sections, points=card_points(part, result, manifest, sections), warnings=_seen_before(result) + warnings)
     return {kind: str(path) for kind, path in write_card(made, folder).items()}
 

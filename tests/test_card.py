@@ -96,7 +96,7 @@ def figures(card, key, caption=0):
 
 def test_page_markdown_and_json_of_a_classifier_agree(judged):
     card, page = same(judged[3] / "out")
-    assert [s["key"] for s in card["sections"]] == ["skill", "cut", "meaning", "silence", "whom", "errors"] and page.tags["img"] >= 4 + 12
+    assert [s["key"] for s in card["sections"]] == ["skill", "cut", "meaning", "silence", "whom", "errors", "sheet"] and page.tags["img"] >= 4 + 12
 
 
 def test_the_figures_are_those_of_scikit_learn(judged):
@@ -351,7 +351,7 @@ def test_several_findings_are_judged_where_they_are_known(tmp_path):
     file = answers.write_answers(tmp_path / "a.npz", image_ids=dataset.image_ids, p=p, threshold=cuts)
     result = medimg.evaluate(file, dataset, n_boot=60, log=tmp_path / "log", card=tmp_path / "out", progress=False)
     card, _ = same(tmp_path / "out")
-    assert [s["key"] for s in card["sections"]] == ["skill", "meaning", "whom", "errors"] and "hernia" in card["warnings"][0]
+    assert [s["key"] for s in card["sections"]] == ["skill", "meaning", "whom", "errors", "sheet"] and "hernia" in card["warnings"][0]
     rows = {row[0]: row for row in card["sections"][0]["tables"][1]["rows"]}
     for c, name in enumerate(dataset.classes):
         known = ~np.isnan(dataset.labels[:, c])
@@ -378,7 +378,7 @@ def test_a_multilabel_bundle_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "load_bundle", lambda _: model)
     result = medimg.evaluate("a-bundle", dataset, n_boot=20, log=tmp_path / "log", card=tmp_path / "out", progress=False)
     card, _ = same(tmp_path / "out")
-    assert result["threshold"] == [0.4, 0.5] and [s["key"] for s in card["sections"]] == ["skill", "meaning", "breaks", "errors"]
+    assert result["threshold"] == [0.4, 0.5] and [s["key"] for s in card["sections"]] == ["skill", "meaning", "breaks", "errors", "sheet"]
     assert "mean AUC" in card["sections"][2]["tables"][0]["caption"]
 
 
@@ -482,3 +482,25 @@ def test_marks_that_do_not_fit_are_refused(change, match, tmp_path):
 def test_places_that_cannot_be_judged_are_refused(change, match):
     with pytest.raises(ConfigError, match=match):
         places.Places(**{"lesions": [[]], "points": [[0, 0, 0]], "scores": [0.5], "rows": [0]} | change)
+
+
+def test_the_whole_data_sheet_is_on_the_card(judged):
+    from medimg.data.datasheets import cramers_v
+    dataset, _, _, home = judged
+    card, page = same(home / "out")
+    sheet = card["sections"][-1]
+    assert sheet["key"] == "sheet" and sheet["reading"] == ["No problem of these data is recorded, which is not the same as none."]
+    classes, facts, sex = sheet["tables"]
+    assert classes["rows"] == [["healthy", 0, 0, int((dataset.labels == 0).sum())], ["ill", 0, 0, int((dataset.labels == 1).sum())], ["patients", 0, 0, 60], ["images", 0, 0, 120]]
+    known = dict(facts["rows"])
+    assert known["licence"] == "not stated" and known["mean grey value"] == tidy(dataset.images.mean()) and known["equal images in different folds, groups"] == 0
+    assert sex["rows"][0][-1] == tidy(cramers_v(dataset.meta["sex"], dataset.labels)) and sum(row[1] for row in sex["rows"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_faults_and_licence_of_a_registered_set_are_told(tmp_path):
+    from medimg.data.registry import REGISTRY
+    info = next(i for i in REGISTRY.values() if i.problems)
+    sheet = answers.sheet_section(replace(toy(), name=info.name, licence=info.licence, citation=info.citation, source="/home/someone/secret/a.npz"))
+    assert all(any(p.rstrip(".") in line for line in sheet["reading"]) for p in info.problems)
+    facts = dict(sheet["tables"][1]["rows"])
+    assert facts["licence"] == info.licence and facts["read from"] == "a.npz" and "secret" not in json.dumps(sheet, default=str)

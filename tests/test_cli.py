@@ -35,7 +35,7 @@ def mistake(*arguments, cwd=None, words=(), env=None):
 
 def test_every_command_has_help():
     top = medimg("--help", check=0).stdout
-    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "predict", "report", "demo", "doctor", "deidentify"):
+    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "trust", "predict", "report", "demo", "doctor", "deidentify"):
         assert verb in top
         assert "--help" in medimg(verb, "--help", check=0).stdout
 

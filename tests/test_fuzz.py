@@ -48,7 +48,7 @@ def test_every_seed_is_read_by_some_parser(files, tmp_path):
         if "read" not in [fuzz.judge(function, path)[0] for _, function in readers[kind]]:
             unread.append(name)
     assert not unread
-    assert {"dicom", "rtstruct", "seg", "picture", "nifti", "npy", "npz", "csv", "zip", "preprocess", "manifest", "bundle"} <= {kind for kind, _ in files.values()}
+    assert {"dicom", "rtstruct", "seg", "picture", "nifti", "npy", "npz", "csv", "zip", "preprocess", "manifest", "bundle", "encrypted"} <= {kind for kind, _ in files.values()}
 
 
 def test_a_mutant_is_its_number(files):
@@ -127,10 +127,10 @@ def readers():
 
 
 @settings(max_examples=60, deadline=None)
-@given(raw=st.binary(max_size=600), prefix=st.sampled_from([b"", bytes(128) + b"DICM", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"n+1\0"]))
+@given(raw=st.binary(max_size=600), prefix=st.sampled_from([b"", bytes(128) + b"DICM", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"MEDIMGE1", b"\x93NUMPY\x01\x00", b"{", b"n+1\0"]))
 def test_any_bytes_at_all(readers, raw, prefix):
     """No parser of any kind does anything but read or refuse."""
-    suffixes = {"picture": ".png", "nifti": ".nii", "npy": ".npy", "npz": ".npz", "csv": ".csv", "zip": ".zip", "preprocess": ".json", "manifest": ".json", "bundle": ".medimg"}
+    suffixes = {"picture": ".png", "nifti": ".nii", "npy": ".npy", "npz": ".npz", "csv": ".csv", "zip": ".zip", "preprocess": ".json", "manifest": ".json", "bundle": ".medimg", "encrypted": ".enc"}
     with tempfile.TemporaryDirectory() as folder:
         for kind, functions in readers.items():
             path = Path(folder) / f"x{suffixes.get(kind, '.dcm')}"

@@ -106,15 +106,16 @@ def test_a_planted_nodule_is_found_typed_placed_and_on_its_slice(nodules, patien
     found = answer(nodules, Study("ct", case.volume.display()[40], {"modality": "CT"}, volume=case.volume))
     near = [f for f in found.findings if np.linalg.norm(np.subtract(f.centroid_mm, big.centroid_mm)) < big.diameter_mm / 2]
     assert found.status == "answered" and len(near) == 1
-    assert near[0].type == "solid" and abs(near[0].mean_diameter_mm - big.diameter_mm) < 2 and near[0].side == big.lung
+    assert near[0].type == "solid" and abs(near[0].mean_diameter_mm - big.diameter_mm) < 2 and near[0].side == big.side
     assert near[0].slice == round(float(case.volume.index(big.centroid_mm)[0])) and [f.score for f in found.findings] == sorted((f.score for f in found.findings), reverse=True)
 
 
 def test_marks_do_not_depend_on_the_order_of_axes(nodules, patient):
     _, case = patient
     turned = case.volume.reorient("SPL") if case.volume.orientation != "SPL" else case.volume.reorient("IPL")
-    first, second = (marks_of(nodules, v).detections[:3] for v in (case.volume, turned))
-    assert np.allclose([d.centroid_mm for d in first], [d.centroid_mm for d in second], atol=2.0)
+    call = nodules.manifest["answer"]["call"]
+    first, second = ([d for d in marks_of(nodules, v).detections if d.score >= call] for v in (case.volume, turned))
+    assert len(first) == len(second) > 0 and np.allclose([d.centroid_mm for d in first], [d.centroid_mm for d in second], atol=1.5)
 
 
 @pytest.mark.parametrize("volume, why", [(Volume(np.zeros((8, 64, 64), "int16"), modality="CT"), "not in HU"), (None, "single picture")])

@@ -146,11 +146,13 @@ def _other_seeds(folder):
 def _json_seeds(folder):
     from medimg.data.preprocess import Preprocessor
     from medimg.deployment.bundle import toy_bundle
+    from medimg.deployment.encryption import Key, encrypt
     from medimg.deployment.manifest import encode, example_manifest
     pre = Preprocessor([("resize", {"height": 16, "width": 16}), ("scale", {"low": 0, "high": 255})])
     toy_bundle(folder / "toy")
     return {"preprocess.json": ("preprocess", pre.to_json().encode()), "manifest.json": ("manifest", encode(example_manifest())),
-            "toy.medimg": ("bundle", _zip({p.name: p.read_bytes() for p in sorted((folder / "toy").iterdir())}))}
+            "toy.medimg": ("bundle", packed := _zip({p.name: p.read_bytes() for p in sorted((folder / "toy").iterdir())})),
+            "toy.medimg.enc": ("encrypted", encrypt(packed, Key(bytes(range(32))), chunk=256))}
 
 
 def _zip(files):
@@ -370,6 +372,11 @@ def _late_parsers():
         except (ImportError, AttributeError) as error:
             print(f"left out: {name} ({error})", file=sys.stderr)
 
+    def encrypted():
+        from medimg.deployment.bundle import open_files
+        from medimg.deployment.encryption import Key
+        return lambda p: open_files(p, key=Key(bytes(range(32))), allow_unsigned=True)
+
     def peek():
         from medimg.data.dicom_peek import peek as reader
         return lambda p: [reader(p).get(k) for k in ("Rows", "SeriesInstanceUID", "ImagePositionPatient", "PixelSpacing")]
@@ -387,6 +394,7 @@ def _late_parsers():
     def seg():
         from medimg.data.segmentations import read_seg
         return read_seg
+    add("encrypted", "encrypted bundle", encrypted)
     add("dicom", "peek", peek)
     add("dicom", "deidentify", rewrite)
     add("rtstruct", "read_rtstruct", rtstruct)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_VERSION', 'STUDY_FIELDS', 'Finding', 'Prediction', 'prediction_schema', 'to_dict', 'from_json']
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #c4ab4fba
+# %% ../../nbs/deployment/03a_prediction.ipynb #4818b060
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -45,7 +45,7 @@ class Finding:
         Mean diameter of the solid part of a part-solid nodule.
     growth : dict, optional
         Beside an earlier scan: `relation` ("new" or "matched"), `prior_study_uid`, `interval_days`, `prior_volume_mm3`, `prior_mean_diameter_mm`,
-        `volume_doubling_days`.
+        `prior_solid_diameter_mm`, `volume_doubling_days`.
     note : str
         What the reader must know to read it rightly.
 
@@ -177,7 +177,7 @@ def _summary(p):
     found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #e6e0f275
+# %% ../../nbs/deployment/03a_prediction.ipynb #e8005fb0
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 _P = {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}}
 _STRS = {"type": "array", "items": {"type": "string"}}
@@ -195,7 +195,7 @@ def _list_of(kind, n=None):
 _FINDING = _row({**{f.name: _NUM for f in fields(Finding)}, "label": {"type": "string"}, "type": {"type": "string"}, "note": {"type": "string"},
                  "box_yx": _list_of("integer", 4), "slice": _INT, "mask": _STR, "centroid_mm": _list_of("number", 3), "side": _STR, "lobe": _STR,
                  "growth": _row({"relation": {"enum": ["new", "matched"]}, "prior_study_uid": _STR, "interval_days": _NUM, "prior_volume_mm3": _NUM,
-                                 "prior_mean_diameter_mm": _NUM, "volume_doubling_days": _NUM}, null=True)})
+                                 "prior_mean_diameter_mm": _NUM, "prior_solid_diameter_mm": _NUM, "volume_doubling_days": _NUM}, null=True)})
 _STUDY = _row({**dict.fromkeys(STUDY_FIELDS, _STR), "patient_age_years": _NUM, "shape": _list_of("integer")}, null=True)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_MESSAGE', 'RULES', 'scrub', 'Scrub']
 
-# %% ../../nbs/deployment/05i_scrub.ipynb #f9d14f77
+# %% ../../nbs/deployment/05i_scrub.ipynb #303e6f45
 import hashlib
 import hmac
 import logging
@@ -24,7 +24,7 @@ _PATIENT_WORDS = (r"(?:other|issuer[ _]?of)?[ _]?patient'?s?[ _]?(?:name|ids?|bi
                   r"insurance[ _]?\w*|comments|size|weight)"
                   r"|accession[ _]?number|(?:referring|performing|requesting)[ _]?physician'?s?[ _]?\w*|operators?'?s?[ _]?name|medical[ _]?record[ _]?\w*|birth[ _]?date|mrn|dob|ssn"
                   r"|ethnic[ _]?group|additional[ _]?patient[ _]?history|institution[ _]?(?:name|address)|study[ _]?id")
-_TAGS = r"(?:0010[,_ ]?[0-9a-f]{4}|0008[,_ ]?(?:0050|0080|0081|0090|0092|0094|1048|1050|1060|1070)|0032[,_ ]?103[23]|0040[,_ ]?(?:1001|0006|2016|2017)|0020[,_ ]?0010)"
+_TAGS = r"(?:0010[,_ ]?[0-9a-f]{4}|0008[,_ ]?(?:0050|0080|0081|0090|0092|0094|1048|1050|1060|1070)|(?:0032|0038)[,_ ]?[0-9a-f]{4}|0040[,_ ]?[0-2][0-9a-f]{3}|0020[,_ ]?0010)"
 _CAP = r"[^\W\d_a-z][\w.'’-]*"
 
 #: (pattern, what takes its place), in this order.
@@ -35,12 +35,12 @@ RULES = [(re.compile(pattern, re.I if flags else 0), text) for pattern, flags, t
     (r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", 1, r"\1 [secret]"),
     (rf"\b((?:__host-)?medimg)=[A-Za-z0-9_-]+", 1, r"\1=[secret]"),
     (r"\$argon2(?:id|i|d)\$\S+", 0, "[secret]"), (r"\beyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*", 0, "[secret]"),
-    (rf"\b(\w*{_SECRET_WORDS})\b([\"']?\s*(?:[:=]|\bis\b)\s*){_VALUE}", 1, r"\1\2[secret]"),
+    (rf"({_SECRET_WORDS})\b([\"']?\s*(?:[:=]|\bis\b)\s*){_VALUE}", 1, r"\1\2[secret]"),
     (r"(://[^/\s:@]*):[^@/\s]+@", 0, r"\1:[secret]@"),
     (rf"\({_TAGS}\){_REST}", 1, "[patient data]"), (rf"\b({_TAGS})([\"']?\s*[:=]\s*){_VALUE}", 1, r"\1\2[patient data]"),
     (rf"\b({_PATIENT_WORDS})\b([\"']?\s*(?:[:=]|\bis\b)\s*){_VALUE}", 1, r"\1\2[patient data]"),
-    (rf"(?:{_CAP} ){{0,3}}[\w.'’*?-]+\^[\w.'’^=*?-]*(?: {_CAP}){{0,3}}", 0, "[name]"), (r"\^[\w.'’^=-]+", 0, "[name]"),
-    (r"[\w.+%-]+@[\w-]+(?:\.[\w-]+)+", 0, "[e-mail]"), (r"[A-Za-z0-9+/=_-]{200,}", 0, "[data]"))]
+    (rf"(?<![\w.'’*?-])(?:{_CAP} ){{0,3}}[\w.'’*?-]++\^[\w.'’^=*?-]*(?: {_CAP}){{0,3}}", 0, "[name]"), (r"\^[\w.'’^=-]+", 0, "[name]"),
+    (r"(?<![\w.+%-])[\w.+%-]++@[\w-]+(?:\.[\w-]+)+", 0, "[e-mail]"), (r"[A-Za-z0-9+/=_-]{200,}", 0, "[data]"))]
 _UID = re.compile(r"(?<![\d.])[0-2](?:\.(?:0|[1-9]\d*)){4,}(?![\d.]*\w)")
 
 # %% ../../nbs/deployment/05i_scrub.ipynb #3c30685b

@@ -81,7 +81,7 @@ def _small(path):
     except OSError as error:
         raise ConfigError(f"the key cannot be read: {error.strerror}", path=path, remedy="give the path of a public key") from error
 
-# %% ../../nbs/deployment/01c_trust.ipynb #3e98e9f7
+# %% ../../nbs/deployment/01c_trust.ipynb #bddd0c9b
 def fingerprint(public_key) -> str:
     """SHA-256 of a public key, the number that names it in every signature.
 
@@ -142,10 +142,10 @@ def init(name: str, *, folder=None) -> TrustedKey:
     key = ec.generate_private_key(ec.SECP256R1())
     _private_folder(folder)
     _write_private(folder / "signing.key", key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-    write_atomic(folder / "signing.pub", key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    _write_public(folder / "signing.pub", key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
     return add(folder / "signing.pub", name, folder=folder)
 
-# %% ../../nbs/deployment/01c_trust.ipynb #632738c4
+# %% ../../nbs/deployment/01c_trust.ipynb #b80d8185
 def _check_name(name):
     if not re.fullmatch(_NAME, name):
         raise ConfigError(f"{name[:70]!r} is no name for a key", remedy="use letters, digits and . _ @ -, at most 64, for example radiology-lab")
@@ -168,6 +168,12 @@ def _write_private(path, data):
         os.fsync(file.fileno())
 
 
+def _write_public(path, data):
+    write_atomic(path, data)
+    if os.name == "posix":
+        path.chmod(0o644)           # whatever the umask says
+
+
 def _only_mine(path, forbidden, remedy):
     """Refuse what other users of this computer may write (0o022) or read (0o077)."""
     if os.name != "posix":
@@ -176,7 +182,7 @@ def _only_mine(path, forbidden, remedy):
     if found.st_mode & forbidden or found.st_uid not in (os.geteuid(), 0):
         raise ConfigError(f"other users of this computer may {'read' if forbidden == 0o077 else 'write'} it (mode {found.st_mode & 0o777:04o})", path=path, remedy=f"{remedy} {path}")
 
-# %% ../../nbs/deployment/01c_trust.ipynb #607bf497
+# %% ../../nbs/deployment/01c_trust.ipynb #9eb2a12c
 def add(public_key, name: str, *, folder=None) -> TrustedKey:
     """Accept the signatures of a key from now on.
 
@@ -213,7 +219,7 @@ def add(public_key, name: str, *, folder=None) -> TrustedKey:
             raise ConfigError(f"{known.name} is in the list already, with {'this key' if same_key else 'another key'}", remedy=f"medimg trust remove {known.name}")
     _private_folder(folder)
     _private_folder(folder / "trusted")
-    write_atomic(folder / "trusted" / f"{name}.pub", pem)
+    _write_public(folder / "trusted" / f"{name}.pub", pem)
     return next(k for k in list_keys(folder=folder) if k.name == name)
 
 
@@ -457,12 +463,13 @@ def verify_signature(bundle, *, folder=None) -> TrustedKey:
         raise SignatureError(f"the signature of {key.name} does not hold: {what}", path=SIGNATURE_FILE, remedy="do not use it; get the bundle again from its author") from error
     return key
 
-# %% ../../nbs/deployment/01c_trust.ipynb #a3806a46
+# %% ../../nbs/deployment/01c_trust.ipynb #c1febb40
 def _plain(text):
-    """The library's message without digests and brackets."""
-    text = re.sub(r"Hash mismatch for '([^']*)': Expected.*?Actual.*?\)'", r"\1 was changed", text)
-    text = re.sub(r"[\[\]\"]|Signature mismatch:|in model 'bundle'", "", text)
-    return re.sub(r"\s+([:,])", r"\1", text).strip()[:160] or "it is not of this key"
+    """The library's message in our words, without its digests: which files were changed, are too many or missing."""
+    text = text.replace("\\", "")
+    parts = [f"{name} was changed" for name in re.findall(r"Hash mismatch for '([\w.-]+)'", text)]
+    parts += [f"{kind.strip()}: {names.strip(' ,')}" for kind, names in re.findall(r"((?:Extra|Missing) files(?: found)?) in model 'bundle': ([\w., -]+)", text)]
+    return ", ".join(parts) or text.strip()[:160] or "it is not of this key"
 
 
 def _read(bundle):

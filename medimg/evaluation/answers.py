@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'KINDS', 'read_answers', 'write_answers', 'matched', 'attributes_of', 'judge_answers', 'about_data',
-           'card_points']
+           'sheet_section', 'card_points']
 
 # %% ../../nbs/evaluation/10b_answers.ipynb #a995a59c
 import zipfile
@@ -267,7 +267,7 @@ def _detected(given, rows, part, n_boot, seed):
     found = measure_marks(matches, groups=part.patient_ids, n_boot=n_boot, seed=seed)
     return found, partial(detection_sections, found, matches, ids=part.image_ids)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #a7c6f7aa
+# %% ../../nbs/evaluation/10b_answers.ipynb #b97c68e2
 def about_data(part, result: dict) -> dict:
     """The head of a card: what the model was judged on.
 
@@ -287,20 +287,79 @@ def about_data(part, result: dict) -> dict:
     >>> about_data(dataset.split("test"), result)["images"]                                  # doctest: +SKIP
     624
     """
-    counts = np.bincount(np.asarray(part.labels, int), minlength=len(part.classes)) if np.ndim(part.labels) == 1 else np.nansum(part.labels, axis=0)
     return {"dataset": result["dataset"], "fold": result["split"], "images": len(part), "patients": len(set(part.patient_ids.tolist())) if part.patient_ids is not None else "not known",
-            "images of each class": {str(c): int(k) for c, k in zip(part.classes, counts)}, "read from": Path(str(part.source)).name if "/" in str(part.source) else str(part.source), "checksum": result["checksum"],
+            "images of each class": {str(c): k for c, k in zip(part.classes, _counts(part))}, "read from": _place(part.source), "checksum": result["checksum"],
             "the set it was trained on": {True: "yes, another fold", False: "no", None: "not known"}[result["same_data"]], "readings of this fold on this computer": result["test_reads"] or "not counted (no test fold)",
-            "licence": part.licence or "not stated", "cite": part.citation or "not stated"} | _known_faults(result["dataset"])
+            "licence": part.licence or "not stated", "cite": part.citation or "not stated"}
 
 
-def _known_faults(name):
-    """What the registry says against the data set."""
-    from medimg.data.registry import REGISTRY
-    info = REGISTRY.get(name)
-    return {"known faults of the data": list(info.problems)} if info is not None and info.problems else {}
+def _counts(part):
+    """Images of each class; of a segmentation those in which it is drawn, of findings those in which it is present."""
+    if part.task == "segmentation" and part.masks is not None and len(part):
+        flat = np.asarray(part.masks).reshape(len(part), -1)
+        return [int((flat == k).any(axis=1).sum()) for k in range(len(part.classes))]
+    y = np.asarray(part.labels)
+    return np.bincount(y.astype(int), minlength=len(part.classes)).tolist() if y.ndim == 1 and len(y) else np.nansum(y, axis=0).astype(int).tolist() if y.ndim == 2 else []
 
 
+def _place(source):
+    """Where a set was read from, without the folders of this computer."""
+    return Path(str(source)).name if "/" in str(source) else str(source)
+
+# %% ../../nbs/evaluation/10b_answers.ipynb #bfc1c7cb
+def sheet_section(dataset) -> dict:
+    """The section "What are these images?": the data sheet of a whole set, all folds.
+
+    Parameters
+    ----------
+    dataset : ImageDataset
+        Or another set with `splits`, `classes`, `licence`, `citation`, `source` and `checksum`.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> from medimg.data.datasets import ImageDataset
+    >>> toy = ImageDataset("toy", np.zeros((2, 4, 4), "uint8"), [0, 1], ["train", "test"], classes=("a", "b"))
+    >>> sheet_section(toy)["tables"][0]["rows"]
+    [['a', 1, 0, 0], ['b', 0, 0, 1], ['images', 1, 0, 1]]
+    """
+    from medimg.data.datasets import ImageDataset
+    from medimg.data.datasheets import datasheet
+    from medimg.data.registry import SPLITS
+    from medimg.evaluation.card import section, table
+    sheet = datasheet(dataset) if isinstance(dataset, ImageDataset) else None
+    info, folds = getattr(sheet, "info", None), [int((dataset.splits == s).sum()) for s in SPLITS]
+    rows = [[c, *counts] for c, *counts in zip(dataset.classes, *(_counts(dataset.split(s)) or [0] * len(dataset.classes) for s in SPLITS))] if sheet else []
+    if dataset.patient_ids is not None:
+        rows.append(["patients", *(len(set(np.asarray(dataset.patient_ids)[dataset.splits == s].tolist())) for s in SPLITS)])
+    tables = [table("Images of each class in each fold", ["class", *SPLITS], [*rows, ["images", *folds]]), table("Facts", ["what", "value"], [*_sheet_facts(dataset, sheet, info)])]
+    for name, (v, shares) in (sheet.confounds if sheet else {}).items():
+        tables.append(table(f"Does {name} tell the class? Share of each value in each class; Cramér's V is 0 for not at all, 1 for completely", [name, *dataset.classes, "Cramér's V"],
+                            [[k, *row, v if first == 0 else None] for first, (k, row) in enumerate(shares.items())]))
+    known = [f"Known problem: {p.rstrip('.')}." for p in info.problems] if info else []
+    return section("sheet", "What are these images?", reading=known or ["No problem of these data is recorded, which is not the same as none."], tables=tables)
+
+
+def _sheet_facts(d, sheet, info):
+    """(what, value) of a data set."""
+    yield from (("task", d.task), ("licence", d.licence or "not stated"), ("cite", d.citation or "not stated"), ("read from", _place(d.source)),
+                ("official source", (info.url or info.page or "made by medimg") if info else "yours or made by medimg"), ("checksum verified", info.verified if info else "never"))
+    if sheet:
+        yield from (("pixels of an image", " × ".join(map(str, d.images.shape[1:]))), ("mean grey value", float(d.images.mean())), ("standard deviation of grey values", float(d.images.std())),
+                    ("equal images in different folds, groups", sheet.shared))
+        if d.task in ("binary", "multiclass", "ordinal"):
+            yield "right answers in the test fold if always the commonest class is named", sheet.majority
+        if d.masks is not None:
+            yield "images with a drawn truth", int((np.asarray(d.masks).reshape(len(d), -1) > 0).any(axis=1).sum())
+        if d.boxes is not None:
+            yield "boxes drawn", int(np.isfinite(d.boxes).all(axis=-1).sum())
+    if (lesions := (d.meta or {}).get("lesions")) is not None:
+        yield "lesions that count", sum(bool(one.get("relevant", True)) for scan in lesions for one in scan)
+
+# %% ../../nbs/evaluation/10b_answers.ipynb #bcaba438
 def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     """The checklist, filled from what is known.
 
@@ -338,8 +397,13 @@ def card_points(part, result: dict, manifest: dict | None, sections) -> list:
               "subgroups": "see the section" if "whom" in keys else "", "failures": "listed, see the section; nobody has looked at them yet" if "errors" in keys else "",
               "robustness": "see the section" if "breaks" in keys else "", "explanations": "see the section" if any(s["key"] == "why" and s["tables"] for s in sections) else ""}
     facts["external"] = "this fold is of another set than the training" if result["same_data"] is False else ""
-    facts["licence"] = f"data: {part.licence}" if part.licence else ""
-    return checklist({k: v for k, v in (facts | (_manifest_points(manifest) if manifest else {})).items() if v})
+    facts["licence"] = f"data judged on: {part.licence}" if part.licence else ""
+    if (unknown := int(np.isnan(np.asarray(part.labels, float)).sum()) if np.ndim(part.labels) == 2 else 0):
+        facts["missing"] = f"{unknown} of {np.size(part.labels)} labels are not known and count neither way; images left out before are not known here"
+    made = _manifest_points(manifest) if manifest else {}
+    if facts["licence"] and "licence" in made:
+        made["licence"] += f"; {facts['licence']}"
+    return checklist({k: v for k, v in (facts | made).items() if v})
 
 
 def _manifest_points(m):

@@ -548,7 +548,7 @@ def classifier_sections(a: Answers, *, attributes=None, images=None, calibration
              *([breaks(a, predict, images)] if predict is not None and flat else []), *([why(a, maps[0], images, maps[1])] if maps and flat else []), errors(a, images if flat else None)]
     return parts, framed
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #d4980a91
+# %% ../../nbs/evaluation/10a_questions.ipynb #daa43ee5
 def measure_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot: int = 1000) -> dict:
     """The figures of a segmentation of ten cases or more.
 
@@ -566,7 +566,7 @@ def measure_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot: int = 
     Returns
     -------
     dict
-        As from `medimg.evaluation.surfaces.evaluate_segmentation`.
+        As from `medimg.evaluation.surfaces.evaluate_segmentation`; without a spacing there are no millilitres.
 
     Raises
     ------
@@ -583,7 +583,8 @@ def measure_masks(masks, truths, spacing_mm=None, *, groups=None, n_boot: int = 
     from medimg.evaluation.surfaces import evaluate_segmentation
     if len(masks) < LEAST:
         raise ConfigError(f"{len(masks)} cases: too few to say anything", remedy=f"at least {LEAST}, and better a hundred")
-    return evaluate_segmentation(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
+    found = evaluate_segmentation(masks, truths, spacing_mm, groups=groups, n_boot=n_boot)
+    return found if spacing_mm is not None else {k: e for k, e in found.items() if k != "volume_error_ml"}
 
 # %% ../../nbs/evaluation/10a_questions.ipynb #2f3b6f06
 def segmentation_sections(found: dict, masks, truths, *, spacing_mm=None, images=None, ids=None) -> tuple:
