@@ -40,12 +40,13 @@ def doubling_days(before_mm: float, now_mm: float, days: float) -> float | None:
     ratio = 3 * math.log(now_mm / before_mm)
     return days * math.log(2) / ratio if abs(ratio) > 1e-9 else None
 
-# %% ../../nbs/deployment/06r_showcase.ipynb #46422e46
+# %% ../../nbs/deployment/06r_showcase.ipynb #e216069f
 def _finding(nodule, k, before, prior_uid):
-    from medimg.deployment.prediction import Finding
+    from medimg.deployment.prediction import Finding, prediction_schema
     d, known = nodule.diameter_mm, {f.name for f in fields(Finding)}
+    every = prediction_schema()["properties"]["findings"]["items"]["properties"]["growth"]["required"]
     old = d * before
-    growth = {"relation": "matched" if before else "new", "prior_study_uid": prior_uid, "interval_days": _DAYS, "prior_volume_mm3": math.pi / 6 * old**3 if before else None,
+    growth = {**dict.fromkeys(every), "relation": "matched" if before else "new", "prior_study_uid": prior_uid, "interval_days": _DAYS, "prior_volume_mm3": math.pi / 6 * old**3 if before else None,
               "prior_mean_diameter_mm": old or None, "volume_doubling_days": doubling_days(old, d, _DAYS) if before else None}
     values = {"label": "nodule", "type": nodule.kind, "score": (0.97, 0.91, 0.78)[k % 3], "centroid_mm": tuple(map(float, nodule.centroid_mm)), "long_axis_mm": d, "short_axis_mm": d,
               "mean_diameter_mm": d, "volume_mm3": math.pi / 6 * d**3, "side": nodule.side, "lobe": nodule.lobe, "note": "made from the truth of the phantom, no model",
