@@ -19,7 +19,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from medimg.data.imports import import_folder
-from medimg.deployment.prediction import Prediction
+from medimg.deployment.prediction import STUDY_FIELDS, Prediction
 from medimg.deployment.store import Conflict, Store, StoreFull, check_uid, export_labels, verify
 from medimg.errors import ConfigError, DicomError, MedimgError, ServiceError
 
@@ -305,7 +305,7 @@ def test_export_is_a_data_set(store, tmp_path):
     """Read back by the importer; one patient's films stay together; disputed, unlabelled and twice-labelled pictures are left out."""
     store.add_instance(dicom())
     study = store.studies()[0]["study_uid"]
-    facts = dict.fromkeys(("study_uid", "series_uid", "patient_key", "modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "description"))
+    facts = dict.fromkeys(STUDY_FIELDS)
     rng = np.random.default_rng(0)
     for k in range(20):
         own = answered(picture=rng.integers(0, 255, (12, 12), "uint8"), study={**facts, "study_uid": study if k < 4 else f"1.9.{k}"})

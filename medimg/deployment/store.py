@@ -665,14 +665,14 @@ class Store(_Answers):
         rows = self._db().execute("SELECT l.*, r.study_uid FROM labels l JOIN results r ON r.id=l.result_id WHERE (? IS NULL OR l.result_id=?) ORDER BY l.id", (result_id, result_id))
         return [{**dict(row), "findings": json.loads(row["findings"]) if row["findings"] else None} for row in rows]
 
-# %% ../../nbs/deployment/06a_store.ipynb #626f7636
+# %% ../../nbs/deployment/06a_store.ipynb #df45780a
 def _checked_label(record, verdict, label):
     """The label to be kept: the model's own for agree, another of its classes for disagree."""
     if verdict not in VERDICTS:
         raise ConfigError(f"no verdict {printable(verdict)[:40]!r}", remedy=f"use {', '.join(VERDICTS)}")
     own, classes = record["label"], record["classes"] or ()
-    if label is not None and classes and label not in classes:
-        raise ConfigError(f"the model has no class {printable(label)[:80]!r}", remedy=f"use {', '.join(classes)}")
+    if label is not None and label not in classes:
+        raise ConfigError(f"the model has no class {printable(label)[:80]!r}", remedy=f"use {', '.join(classes) or 'no label; edit the findings'}")
     if verdict == "agree" and label not in (None, own) or verdict == "disagree" and own is not None and label == own:
         raise ConfigError(f"{verdict} with {own!r}, but the label is {label!r}", remedy="choose one of them")
     return own if verdict == "agree" else None if label is None else str(label)[:200]
