@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page_policy', 'Section', 'hu_histogram', 'volume_section', 'render_report', 'pdf_bytes', 'write_report']
 
-# %% ../../nbs/deployment/05_report.ipynb #4ee80a45
+# %% ../../nbs/deployment/05_report.ipynb #40ecb37f
 import base64
 import hashlib
 import platform
@@ -20,7 +20,7 @@ import numpy as np
 from ..config import write_atomic
 from .cards import card
 from .key_slices import outlines, png64            # noqa: F401  (outlines: part of this module's interface)
-from .prediction import Prediction
+from .prediction import Prediction            # noqa: F401  (used by the examples)
 from .words import LANGUAGES, LIMITS, WORDS, column, plain, say, term, translated
 from ..errors import ConfigError
 
