@@ -152,7 +152,7 @@ def _growth(growth, lang):
         return [before]
     return [before, say("doubling", lang, days=_number(doubling, 0)) if doubling > 0 else say("halving", lang)]
 
-# %% ../../nbs/deployment/05g_cards.ipynb #bb3ea7c4
+# %% ../../nbs/deployment/05g_cards.ipynb #46b3ba67
 def in_words(prediction: Prediction, lang: str = "en") -> list:
     """The uncertainty of a prediction in sentences: what its numbers say and what they do not.
 
@@ -211,7 +211,7 @@ def _noted(p, lang):
     text, known = translated((p.uncertainty or {}).get("note", ""), lang)
     return [f"{text[:1].upper()}{text[1:]}{'。' if lang == 'zh' else '.'}"] if text and known else []
 
-
+# %% ../../nbs/deployment/05g_cards.ipynb #62bfec43
 def _measuring(p, lang):
     if p.volume is None or not p.volume.is_regular:
         return []
