@@ -680,7 +680,7 @@ def trust_remove(name: str, as_json: AsJson = False):
     trust.remove(name)
     _say({"removed": name}, f"no longer trusted: {name}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #800cc249
+# %% ../nbs/foundations/cli.ipynb #887667ed
 @app.command()
 def predict(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, or a path.")],
             path: Annotated[list[Path], typer.Argument(help="DICOM files, folders, zips; PNG, JPEG, NIfTI, .npy.")], context: ContextFile = None, prior: PriorPath = None,
@@ -694,7 +694,7 @@ def predict(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle
     _say([a.to_dict() for a in answers], "\n".join([answers_text(answers), *(f"written: {file}" for file in written)]), as_json)
     raise typer.Exit(exit_code(answers))
 
-
+# %% ../nbs/foundations/cli.ipynb #7e71b9aa
 def _facts(path):
     """The content of a JSON file with what is known of the patient, or None."""
     if path is None:

@@ -283,7 +283,7 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step], self._last = round(now - self._last, 2), now
 
-# %% ../nbs/foundations/demo.ipynb #bd9996ba
+# %% ../nbs/foundations/demo.ipynb #241b80b8
 def _write_pages(out, table, ct, answered, rest, patient):
     """The reports, and the objects for the archive; what a missing part does not allow is named, not skipped in silence."""
     from medimg.api import report
@@ -307,7 +307,7 @@ def _archive(answered, patient, folder):
     files = write_dicom(answered[0], patient["ct"], folder / "ct", kinds=("sr", "seg", "sc"))
     return [str(path) for path in (*files, *write_dicom(answered[1], [patient["cxr"]], folder / "cxr"))]
 
-
+# %% ../nbs/foundations/demo.ipynb #48754e0b
 def demo_text(result: dict) -> str:
     """What `medimg demo` prints for people.
 

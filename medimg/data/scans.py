@@ -50,7 +50,7 @@ class Acquisition:
 #: Four protocols between a thin-slice follow-up and a thick-slice archive; patient k of a cohort gets number k modulo four.
 ACQUISITIONS = {"thin": Acquisition(1.25, 1.0, 1.0), "routine": Acquisition(2.0, 1.25, 0.5), "thick": Acquisition(3.0, 1.6, 1.0), "low dose": Acquisition(1.5, 1.25, 0.25)}
 
-# %% ../../nbs/data/04k_scans.ipynb #eea4c8c4
+# %% ../../nbs/data/04k_scans.ipynb #0d8d4bb4
 class Scans:
     """A sequence of Volumes, each made when it is read; by index, slice or loop.
 
@@ -59,6 +59,11 @@ class Scans:
     patients : sequence of Patient
     acquisitions : sequence of str
         Of each, a name in `ACQUISITIONS`.
+
+    Examples
+    --------
+    >>> len(Scans(phantom_cohort(3, seed=30), ["thick"] * 3)[1:])
+    2
     """
 
     def __init__(self, patients, acquisitions):
@@ -75,7 +80,7 @@ class Scans:
     def __iter__(self):
         return (self[k] for k in range(len(self)))
 
-
+# %% ../../nbs/data/04k_scans.ipynb #51ce8e07
 @dataclass(frozen=True, eq=False)
 class ScanDataset:
     """CT scans with known lesions and folds; rows as in `medimg.data.datasets.ImageDataset`, but the images are `Scans`.
@@ -89,6 +94,12 @@ class ScanDataset:
         `train`, `val` or `test`.
     meta : dict
         Columns: `lesions`, tuples of dicts with `centroid_mm` (x, y, z), `diameter_mm`, `kind`, `relevant`; `acquisition`, `sex`, `age`.
+    task, classes : str, tuple of str
+        Detection, and the kinds of nodule.
+    licence, citation, source : str
+        As in `ImageDataset`.
+    labels, masks, boxes : None
+        What other data sets have; here the truth is in `meta`.
 
     Examples
     --------

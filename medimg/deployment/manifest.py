@@ -154,7 +154,7 @@ def _check_object(value, schema, where):
         elif isinstance(more, Mapping):
             check_schema(item, more, f"{where}: {key}")
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #849b97c2
+# %% ../../nbs/deployment/01a_manifest.ipynb #6acf76fd
 def _object(properties, **more):
     return {"type": "object", "required": sorted(properties), "additionalProperties": False, "properties": properties, **more}
 
@@ -177,6 +177,8 @@ _TRAINING = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "run": _TEXT_O
 _PARENT = _object({"name": {"type": "string", "pattern": _NAME_PATTERN}, "version": _TEXT_OR_NULL, "digest": _HEX})
 _UPDATE = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "replay": {"type": "number", "minimum": 0, "maximum": 1}, "parent": _PARENT})
 _TRAINING["properties"]["updates"] = {"type": "array", "maxItems": 1000, "items": _UPDATE}      # not required: few bundles have been updated
+
+# %% ../../nbs/deployment/01a_manifest.ipynb #b4602023
 _MASKS = {"keep": {"type": ["integer", "null"], "minimum": 1, "maximum": 100}, "holes": {"type": "boolean"}}
 _MARKS = {"top": {"type": "integer", "minimum": 1, "maximum": 1000}, "call": _SHARE, "within": {"enum": ["lungs", None]},
           "cube": {"type": ["integer", "null"], "minimum": 8, "maximum": 128}, "weight": _SHARE}
@@ -185,7 +187,7 @@ _ANSWER = {"type": "object", "additionalProperties": False, "properties": {**_MA
 ANSWERS = {"segmentation": _MASKS, "detection": _MARKS}
 _LICENCE = _object({"code": _TEXT, "data": _TEXT, "citation": _TEXT})
 
-
+# %% ../../nbs/deployment/01a_manifest.ipynb #2c34a2df
 def manifest_schema() -> dict:
     """The JSON Schema (draft 2020-12) of `manifest.json`, version 1.
 
