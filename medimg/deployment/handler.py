@@ -204,7 +204,7 @@ class _Loading(_Life):
             raise errors[0] if errors else BadRequest("no picture was found", remedy="send a DICOM, PNG, JPEG, NumPy or NIfTI file")
         return [record for record, _ in results]
 
-# %% ../../nbs/deployment/06j_handler.ipynb #c24f7bab
+# %% ../../nbs/deployment/06j_handler.ipynb #4312526d
 class _Answering(_Loading):
     async def _answered(self, batcher, source, study, deadline_s):
         try:
@@ -221,13 +221,11 @@ class _Answering(_Loading):
 
     async def _load(self, row):
         if row["study_uid"]:
-            paths = [str(i["path"]) for i in await asyncio.to_thread(self.store.instances, row["study_uid"])]
-            if not paths:
-                raise NotFound("no such study is kept here")
-            return await self.decoders.load(b"", "paths", row["study_uid"], options={"paths": paths})
+            from medimg.deployment.stored import load_stored
+            return await load_stored(self, row["study_uid"], self.batcher(row["bundle"]).bundle)
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
-# %% ../../nbs/deployment/06j_handler.ipynb #2a679f2b
+# %% ../../nbs/deployment/06j_handler.ipynb #f84b274e
 class Handler(_Answering):
     """Bundles, decoders, store and jobs of one worker process.
 
@@ -261,7 +259,12 @@ class Handler(_Answering):
             except Overloaded:                     # a job can wait
                 await asyncio.sleep(0.2)
         self.metrics.add(f"answers_{record.status}")
-        await asyncio.to_thread(self.store.add_result, record)
+        return await asyncio.to_thread(self._kept, row, record)
+
+    def _kept(self, row, record):
+        from medimg.deployment.stored import finished, keep
+        record = finished(record, task=self.batcher(row["bundle"]).bundle.task)
+        keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
 
 # %% ../../nbs/deployment/06j_handler.ipynb #e54b7950

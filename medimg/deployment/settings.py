@@ -35,7 +35,7 @@ class _Checked:
         """Whether only this machine can connect."""
         return _is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #72659d3e
+# %% ../../nbs/deployment/06i_settings.ipynb #2d597476
 @dataclass(frozen=True)
 class ServiceSettings(_Checked):
     """How a service runs; see `load_settings`.
@@ -56,7 +56,10 @@ class ServiceSettings(_Checked):
     public_url: str | None = None               # how clients reach it, for links; None: the address of the socket
     peers: tuple = ()                           # addresses or networks that may connect; empty: all
     keys: str | None = None                     # file of API keys; None: keys.json in the store
+    users: str | None = None                    # file of the people who sign in to the review page; None: users.json in the store
     audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
+    audit_head: str | None = None               # where its head goes: a path (best on another machine) or "stdout"; None: beside the log
+    review: bool = True                         # the review page below /review/, for one worker: its sessions live in one process
     bundles: tuple = ("pneumonia",)             # names or paths; the first is the default
     store: str | None = None                    # folder for what is kept; None: a folder in the cache
     workers: int = 1                            # processes
