@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'ContextFile', 'PriorPath', 'data_app', 'runs_app', 'bundle_app',
-           'AllowUnsigned', 'KeyFile', 'trust_app', 'scan', 'read', 'volume_facts', 'write_volume', 'data_list',
-           'data_info', 'data_fetch', 'data_check', 'data_sheet', 'data_leaks', 'deidentify', 'train', 'tune',
-           'evaluate', 'explain', 'explained_text', 'metrics_text', 'reproduce', 'runs_list', 'runs_compare',
-           'runs_plot', 'update', 'bundle_list', 'bundle_inspect', 'bundle_verify', 'bundle_diff', 'bundle_sign',
-           'bundle_encrypt', 'bundle_decrypt', 'bundle_build', 'trust_init', 'trust_add', 'trust_list', 'trust_remove',
-           'predict', 'report', 'watch', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
+           'AllowUnsigned', 'KeyFile', 'trust_app', 'key_app', 'user_app', 'audit_app', 'StoreFolder', 'scan', 'read',
+           'volume_facts', 'write_volume', 'data_list', 'data_info', 'data_fetch', 'data_check', 'data_sheet',
+           'data_leaks', 'deidentify', 'train', 'tune', 'evaluate', 'explain', 'explained_text', 'metrics_text',
+           'reproduce', 'runs_list', 'runs_compare', 'runs_plot', 'update', 'bundle_list', 'bundle_inspect',
+           'bundle_verify', 'bundle_diff', 'bundle_sign', 'bundle_encrypt', 'bundle_decrypt', 'bundle_build',
+           'trust_init', 'trust_add', 'trust_list', 'trust_remove', 'predict', 'report', 'serve', 'key_add', 'key_list',
+           'key_revoke', 'user_add', 'user_password', 'user_role', 'user_disable', 'user_list', 'audit_verify',
+           'audit_rotate', 'watch', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #ca133253
 import json
@@ -724,6 +726,144 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
     raise typer.Exit(exit_code(answers))
 
+# %% ../nbs/foundations/cli.ipynb #a595cd69
+@app.command()
+def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to answer with; the first is the default. Default: pneumonia.")] = None,
+          host: Annotated[str | None, typer.Option(help="Address; anything but this machine needs --expose, TLS and a key.")] = None, port: Annotated[int | None, typer.Option(help="0: any that is free.")] = None,
+          workers: Annotated[int | None, typer.Option(help="Processes.")] = None, store: Annotated[Path | None, typer.Option(help="Folder for what is kept.")] = None,
+          expose: Annotated[bool, typer.Option("--expose", help="Listen on more than this machine.")] = False,
+          behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="Another program ends TLS.")] = False,
+          tls_cert: Annotated[Path | None, typer.Option(help="PEM chain.")] = None, tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+          tls_client_ca: Annotated[Path | None, typer.Option(help="Clients must show a certificate of this CA.")] = None,
+          peers: Annotated[list[str] | None, typer.Option(help="Address or network that may connect; may be repeated.")] = None,
+          queue: Annotated[int | None, typer.Option(help="Requests in work at once; more get 429.")] = None, rate: Annotated[float | None, typer.Option(help="Requests a second for each key; 0: no limit.")] = None,
+          settings: Annotated[Path | None, typer.Option("--settings", help="TOML file; options here win.")] = None):
+    """Answer over HTTP and DICOMweb, with a review page, until stopped. On the first start a key is made and shown once."""
+    from medimg.deployment.scrub import Scrub
+    from medimg.deployment.service import serve as listen
+    from medimg.deployment.settings import load_settings
+    Scrub().install()
+    given = {"host": host, "port": port, "workers": workers, "store": store and str(store), "expose": expose or None, "behind_proxy": behind_proxy or None, "tls_cert": tls_cert and str(tls_cert),
+             "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None, "queue": queue, "rate": rate}
+    listen(load_settings(settings, bundles=tuple(bundle) if bundle else None, **given))
+
+# %% ../nbs/foundations/cli.ipynb #2ace81bc
+key_app = typer.Typer(no_args_is_help=True, help="API keys of the service: add, list, revoke.")
+user_app = typer.Typer(no_args_is_help=True, help="People who may open the review page: add, list, password, role, disable.")
+audit_app = typer.Typer(no_args_is_help=True, help="The audit log: verify, rotate.")
+for _name, _part in (("key", key_app), ("user", user_app), ("audit", audit_app)):
+    app.add_typer(_part, name=_name)
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the service; default as for serve.")]
+
+
+def _service(store):
+    from medimg.deployment.settings import load_settings
+    return load_settings(store=store and str(store))
+
+
+def _ring(store):
+    from medimg.deployment.security import KeyRing, read_secret
+    settings = _service(store)
+    return KeyRing(settings.keys or settings.folder / "keys.json", read_secret("KEY_PEPPER", required=False))
+
+
+@key_app.command("add")
+def key_add(name: str, role: Annotated[str, typer.Option(help="viewer, clinician or admin.")] = "viewer", days: Annotated[float, typer.Option(min=0.01, help="Until it expires.")] = 90,
+            store: StoreFolder = None, as_json: AsJson = False):
+    """Make a key and show it once."""
+    token = _ring(store).create(name, role, days=days)
+    _say({"name": name, "role": role, "key": token}, f"{token}\nkey of {name} ({role}), {days:g} days; it is shown only now", as_json)
+
+
+@key_app.command("list")
+def key_list(store: StoreFolder = None, as_json: AsJson = False):
+    """The keys, without the keys themselves."""
+    rows = [vars(row) if hasattr(row, "__dict__") else dict(row) for row in _ring(store).keys()]
+    _say(rows, columns(tuple(rows[0]) if rows else ("no key yet",), [tuple(str(v) for v in row.values()) for row in rows]), as_json)
+
+
+@key_app.command("revoke")
+def key_revoke(identity: Annotated[str, typer.Argument(help="As key list shows it.")], store: StoreFolder = None):
+    """End a key now."""
+    _ring(store).revoke(identity)
+    typer.echo(f"revoked {identity}")
+
+# %% ../nbs/foundations/cli.ipynb #0e8d7f02
+def _users(store):
+    from medimg.deployment.sessions import Users
+    return Users(_service(store).folder / "users.json")
+
+
+def _asked_password():
+    """Typed twice without echo, or the first line of a pipe."""
+    import sys
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    return typer.prompt("password", hide_input=True, confirmation_prompt=True)
+
+
+@user_app.command("add")
+def user_add(name: str, role: Annotated[str, typer.Option(help="viewer, clinician or admin.")] = "viewer", store: StoreFolder = None):
+    """Let a person in; the password (15 characters or more) is asked for, or read from a pipe."""
+    _users(store).add(name, _asked_password(), role)
+    typer.echo(f"added {name} ({role})")
+
+
+@user_app.command("password")
+def user_password(name: str, store: StoreFolder = None):
+    """Give a person a new password; open sessions end."""
+    _users(store).set_password(name, _asked_password())
+    typer.echo(f"changed the password of {name}")
+
+
+@user_app.command("role")
+def user_role(name: str, role: str, store: StoreFolder = None):
+    """Change what a person may do: viewer, clinician or admin."""
+    _users(store).set_role(name, role)
+    typer.echo(f"{name} is {role}")
+
+
+@user_app.command("disable")
+def user_disable(name: str, store: StoreFolder = None):
+    """Lock a person out; open sessions end."""
+    _users(store).disable(name)
+    typer.echo(f"disabled {name}")
+
+
+@user_app.command("list")
+def user_list(store: StoreFolder = None, as_json: AsJson = False):
+    """Who may log in."""
+    rows = [vars(row) if hasattr(row, "__dict__") else dict(row) for row in _users(store).users()]
+    _say(rows, columns(tuple(rows[0]) if rows else ("nobody yet",), [tuple(str(v) for v in row.values()) for row in rows]), as_json)
+
+# %% ../nbs/foundations/cli.ipynb #3174afdc
+def _audit_key(log, name="AUDIT_KEY"):
+    from medimg.deployment.security import read_secret
+    beside = Path(log).with_name("audit.key")
+    found = read_secret(name, required=False)
+    if found or name != "AUDIT_KEY" or not beside.is_file():
+        return found
+    from medimg.deployment.security import read_private
+    return read_private(beside).decode().strip()
+
+
+@audit_app.command("verify")
+def audit_verify(log: Annotated[Path, typer.Argument(help="The audit.jsonl of a service.")], head: Annotated[Path | None, typer.Option(help="The exported head; without it a cut tail is not seen.")] = None,
+                 as_json: AsJson = False):
+    """Check the whole chain of an audit log. The key: MEDIMG_AUDIT_KEY, MEDIMG_AUDIT_KEY_FILE, or audit.key beside the log. Exit code 1 when it is not whole."""
+    from medimg.deployment.audit import verify
+    report = verify(log, _audit_key(log), head)
+    _say(vars(report), str(report), as_json)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@audit_app.command("rotate")
+def audit_rotate(log: Path, head: Annotated[Path | None, typer.Option(help="The exported head.")] = None):
+    """Go on with a new key: the old one in MEDIMG_AUDIT_KEY_OLD, the new one in MEDIMG_AUDIT_KEY (or _FILE). Restart the service afterwards."""
+    from medimg.deployment.audit import AuditLog
+    AuditLog(log, _audit_key(log, "AUDIT_KEY_OLD"), head=head).rotate(_audit_key(log))
+    typer.echo("the log goes on with the new key")
+
 # %% ../nbs/foundations/cli.ipynb #073f3bca
 @app.command()
 def watch(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, or a path.")], folder: Annotated[Path, typer.Argument(help="Where files arrive.")],
@@ -777,13 +917,17 @@ def _details(a):
     said = [f"\n{r['guideline']} {r['edition']}: {r['status']}{', category ' + r['category'] if r['category'] else ''}: {r['text']} ({r['note']})" for r in a.recommendations]
     return table + ("\n" if said else "") + "".join(said)
 
-# %% ../nbs/foundations/cli.ipynb #0750a9b1
+# %% ../nbs/foundations/cli.ipynb #6d2cebbf
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7, as_json: AsJson = False):
-    """Make a patient, read the scans, answer, refuse, write a report. Offline, under a minute."""
-    from medimg.demo import demo_text, run_demo
+def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7,
+         serve: Annotated[bool, typer.Option("--serve", help="Then open the review page with these studies, on this machine only.")] = False,
+         port: Annotated[int, typer.Option(min=0, max=65535, help="Of the review page; 0 is any that is free.")] = 0, as_json: AsJson = False):
+    """Make a patient, read the scans, find nodules, answer, refuse, write reports. Offline, under a minute."""
+    from medimg.demo import demo_text, run_demo, serve_demo
     result = run_demo(out, seed=seed)
     _say(result, demo_text(result), as_json)
+    if serve:
+        serve_demo(out, seed=seed, port=port)
 
 
 @app.command()

@@ -189,7 +189,8 @@ def test_hostile_text_stays_text(tmp_path):
                  f"/review/result/{number + 1}", "/review/result/" + EVIL.replace("/", "")):
         answer = client.get(path)
         text = answer.text
-        assert "<script>alert" not in text and "<img src=x" not in text and "49" not in re.findall(r"\{\{7\*7\}\}|49(?=</)", text), path
+        for markup in ("<script>alert", "<img src=x", "alert(2)&gt;49"):
+            assert markup not in text, (path, markup, text[max(0, text.find(markup) - 200):][:400])
         assert not re.search(r"<(?!script type=|script>)script", text.replace('<script type="module"', "").replace('<script type="application/json"', ""))
         assert not re.search(r"\sstyle=|\son\w+=\"", text) and "unsafe" not in answer.headers["content-security-policy"]
         assert text.count("</script>") == text.count("<script"), path

@@ -167,7 +167,7 @@ class Batcher(_Line):
         if self._thread is not None:
             self._thread.shutdown()
 
-# %% ../../nbs/deployment/06c_batching.ipynb #3792a959
+# %% ../../nbs/deployment/06c_batching.ipynb #89b17734
 def _expire(future, deadline_s):
     if not future.done():
         future.set_exception(Late(f"no answer within {deadline_s:g} s", remedy="ask again later"))
@@ -186,11 +186,12 @@ def _safely(bundle, studies):
 def _warm(bundle):
     """Milliseconds that one picture takes, the best of five; opens the network."""
     import numpy as np
-    shape = [s or 32 for s in bundle.engine.input_shape]             # a free size: one that networks of several scales can halve
+    shape = [s or 16 for s in bundle.engine.input_shape]
     batch, took = np.zeros((1, *shape), np.float32), []
     for _ in range(5):
         start = time.perf_counter()
         bundle.engine.run(batch)
         took.append(time.perf_counter() - start)
-    bundle.preprocessor, bundle.reference, bundle.calibration       # cached on first use
+    for part in ("preprocessor", "reference", "calibration"):
+        getattr(bundle, part)                        # cached on first use
     return min(took) * 1000

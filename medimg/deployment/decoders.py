@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'kind_of', 'flatten', 'rebuild', 'load_bytes', 'work', 'Decoder', 'Decoders']
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #629ebea0
+# %% ../../nbs/deployment/06f_decoders.ipynb #a6f7a5b2
 import asyncio
 import collections
 import contextlib
@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 

@@ -138,7 +138,7 @@ def _images(headers):
     hd = _highdicom()
     return [hd.sr.SourceImageForMeasurementGroup(h.SOPClassUID, h.SOPInstanceUID) for h in (headers if len(headers) == 1 else [headers[len(headers) // 2]])]
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #acdcbb1b
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #89249ae1
 def _class_group(name, p, prediction, headers, shared):
     """The calibrated probability of one class, and whether the model called it."""
     hd, codes, code = _kit()
@@ -163,7 +163,7 @@ def _outline_group(number, name, label, prediction, headers, shared, seg):
     whole = sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, number, source_series=sr.SourceSeriesForSegmentation(headers[0].SeriesInstanceUID))
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=whole, **facts)
 
-
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #1599bf70
 def _refusal_group(prediction, headers, shared):
     hd, _, code = _kit()
     reasons = [hd.sr.QualitativeEvaluation(code(_private("Reason")), code(_private(plain(r)))) for r in prediction.reasons[:5]]

@@ -6,7 +6,7 @@
 __all__ = ['Stamp', 'read_sources', 'on_sources', 'settle', 'maker', 'segments_of', 'segmentation', 'heat_map_object',
            'stamped_picture', 'capture']
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #bff40d36
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #eb5d60a4
 import hashlib
 import uuid
 from dataclasses import dataclass, field
@@ -46,11 +46,11 @@ class Stamp:
     created: datetime = field(default_factory=datetime.now)
 
     def uid(self, *role) -> str:
-        """A unique identifier below the root 2.25 for a role (PS3.5 annex B.2)."""
+        """A unique identifier below the root 2.25 for `role`, the words that tell the object apart (PS3.5 annex B.2)."""
         digest = hashlib.sha256("/".join(map(str, ("medimg answer", self.seed, *role))).encode()).hexdigest()
         return f"2.25.{uuid.UUID(hex=digest[:32], version=4).int}"
 
-
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #3bf01a4a
 def read_sources(source_files) -> list:
     """The headers of the images that an answer belongs to, in geometric order.
 
@@ -218,7 +218,7 @@ def maker() -> dict:
         number = "0"
     return {"manufacturer": "medimg", "manufacturer_model_name": "medimg", "software_versions": number, "device_serial_number": "1"}
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #a8264eba
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #27e671cb
 def segments_of(prediction) -> dict:
     """Name, label in the mask and codes of what a prediction outlines, by segment number.
 
@@ -254,7 +254,7 @@ def _codes(name):
     except ConfigError:
         return ("49755003", "SCT", "Morphologically Abnormal Structure"), (hashlib.sha256(name.encode()).hexdigest()[:12], _OURS, _short(name))
 
-
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #19f31851
 def segmentation(prediction, headers, stamp: Stamp):
     """The mask of a prediction as a DICOM Segmentation (BINARY).
 
@@ -406,7 +406,7 @@ def stamped_picture(prediction, *, lang: str = "en") -> np.ndarray:
         draw.text((14, end - foot + 12 + 24 * k), line, fill=(225, 225, 225), font=small)
     return np.asarray(sheet)
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #7dd6d14f
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #98e005b9
 def _panels(p):
     """RGB pictures: key slices of a stack, else the film and its overlay."""
     keys = key_slices(p, most=3)
@@ -433,7 +433,7 @@ def _framed(key):
     cv2.rectangle(rgb, (round(fx * x), round(fy * y)), (round((fx + fw) * x), round((fy + fh) * y)), (111, 227, 255), 2)
     return rgb
 
-
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #7c0be935
 def _outlined(key):
     import cv2
     grey = _fit(key["crops"][0]["image"], _WIDE // 2, _WIDE // 2, keep=True)

@@ -6,8 +6,9 @@
 __all__ = ['as_dicom_json', 'store_parts', 'Mismatch', 'parse_query', 'search', 'metadata_of', 'bulk_of', 'frames_of', 'rendered',
            'accepts', 'NotAcceptable', 'router']
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #d0f713b4
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #ec1eeb5e
 import asyncio
+import contextlib
 import re
 import secrets
 
@@ -266,7 +267,7 @@ def _place(url, row, level):
     series = f"{url}/studies/{row['study_uid']}/series/{row['series_uid']}"
     return series if level == "series" else f"{series}/instances/{row['sop_uid']}"
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #c1844925
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #4626c1ca
 _BULK, _BULK_VR = 1024, {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
 
 
@@ -301,10 +302,8 @@ def metadata_of(path, *, url: str) -> str:
         if element.VR in _BULK_VR and isinstance(value, bytes) and len(value) > _BULK or tag == "7FE00010":
             found[tag] = {"vr": element.VR, "BulkDataURI": f"{url}/bulkdata/{tag}"}
             continue
-        try:
+        with contextlib.suppress(Exception):         # an element that cannot be written is left out, the rest is of use
             found[tag] = element.to_json_dict(None, 1 << 30)
-        except Exception:                           # an element that cannot be written is left out, the rest is of use
-            continue
     return json.dumps(found, allow_nan=False)
 
 

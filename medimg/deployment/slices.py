@@ -146,7 +146,7 @@ def _places(volume):
     axis = volume.direction[:, 0]
     return tuple(round(float(axis @ np.asarray(volume.world((k, 0, 0)))), 2) for k in range(volume.shape[0]))
 
-# %% ../../nbs/deployment/06q_slices.ipynb #cbdc09f4
+# %% ../../nbs/deployment/06q_slices.ipynb #f292eb59
 _CT = (("preset_lung", -600.0, 1500.0), ("preset_soft", 40.0, 400.0), ("preset_bone", 400.0, 1800.0), ("preset_vessels", 150.0, 600.0))
 
 
@@ -165,8 +165,8 @@ def presets(pixels: Pixels) -> list:
 
     Examples
     --------
-    >>> presets(picture_pixels(np.arange(256, dtype="uint8").reshape(16, 16)))[1]
-    ('preset_full', 127.5, 255.0)
+    >>> presets(picture_pixels(np.repeat(np.arange(256, dtype="uint8"), 16).reshape(64, 64)[:, ::-1]))[0]
+    ('preset_stored', 127.5, 255.0)
     """
     if pixels.kind == "rgb8":
         return []

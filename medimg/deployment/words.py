@@ -195,7 +195,7 @@ SENTENCES = (
     ("scaled to its own maximum: it says where, not how much", "按自身最大值缩放：只说明位置，不说明程度"),
 )
 
-# %% ../../nbs/deployment/05a_words.ipynb #4fed15bb
+# %% ../../nbs/deployment/05a_words.ipynb #a4702ec2
 _LONGEST = 600
 
 
@@ -207,6 +207,10 @@ def term(name, lang: str = "en") -> str:
     name : str
         As the model wrote it.
     lang : {"en", "zh"}
+
+    Returns
+    -------
+    str
 
     Examples
     --------
