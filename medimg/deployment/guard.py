@@ -205,7 +205,7 @@ class Auditor:
         finally:
             self._task = None
 
-# %% ../../nbs/deployment/06k_guard.ipynb #fc57346a
+# %% ../../nbs/deployment/06k_guard.ipynb #643c0aaa
 def _open_log(settings):
     """The log of a service: its key from the environment, or from a file made here at the first start."""
     from medimg.deployment.audit import AuditLog
@@ -241,9 +241,9 @@ def weaknesses(settings) -> list:
     >>> len(weaknesses(ServiceSettings(store=tempfile.mkdtemp(), audit="off")))
     1
     """
+    found, head = ["bundles that no trusted key signed are opened: sign them, and leave allow_unsigned"] * settings.allow_unsigned, settings.audit_head
     if settings.audit == "off":
-        return ["nothing is written into an audit log: set audit to before"]
-    found, head = [], settings.audit_head
+        return [*found, "nothing is written into an audit log: set audit to before"]
     if read_secret("AUDIT_KEY", required=False) is None:
         found.append("the audit key lies beside the log, so whoever owns the folder can forge the log: give MEDIMG_AUDIT_KEY_FILE, a file of another owner or machine")
     if head is None or head != "stdout" and Path(head).expanduser().resolve().is_relative_to(settings.folder.resolve()):

@@ -225,7 +225,7 @@ class _Answering(_Loading):
             return await load_stored(self, row["study_uid"], self.batcher(row["bundle"]).bundle)
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
-# %% ../../nbs/deployment/06j_handler.ipynb #f84b274e
+# %% ../../nbs/deployment/06j_handler.ipynb #29b27025
 class Handler(_Answering):
     """Bundles, decoders, store and jobs of one worker process.
 
@@ -242,7 +242,7 @@ class Handler(_Answering):
     >>> from medimg.deployment.bundle import toy_bundle, toy_images
     >>> from medimg.plots import png_bytes
     >>> folder = tempfile.mkdtemp()
-    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1)
+    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1, allow_unsigned=True)
     >>> async def example():
     ...     async with Handler(settings) as handler:
     ...         return await handler.answer([(".png", "a.png", png_bytes(toy_images(2, seed=5)[0][1]))])
@@ -267,11 +267,11 @@ class Handler(_Answering):
         keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
 
-# %% ../../nbs/deployment/06j_handler.ipynb #e54b7950
+# %% ../../nbs/deployment/06j_handler.ipynb #e5222ec8
 def _opened(name, settings):
     """A bundle behind its line. A small network runs fastest on one thread: waking a second one takes longer than the work."""
     from medimg.deployment.engine import Engine
-    bundle = Bundle.load(name)
+    bundle = Bundle.load(name, allow_unsigned=settings.allow_unsigned or None)
     line = {"most": settings.batch, "queue": max(4 * settings.queue, 1000)}
     whole, first = bundle.engine, Engine(bundle._files["model.onnx"], threads=settings.threads or 1)
     bundle.engine = first

@@ -318,7 +318,7 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #1f649e48
+# %% ../../nbs/deployment/06_service.ipynb #c19981db
 def _page_auth(settings, store):
     from medimg.deployment.gate import peer_key
     from medimg.deployment.review import SessionAuth
@@ -334,7 +334,7 @@ def _page_auth(settings, store):
             try:
                 session = sign_in(self.users, self.sessions, self.throttle, name=name, password=secret, peer=self.peer(request), old=request.cookies.get(self.sessions.cookie_name))
             except ServiceError as error:
-                why = getattr(error, "reason", None) or "throttled"
+                why = getattr(error, "reason", None) or "busy"
                 request.state.page = {"reason": why, "actor": name if why in ("password", "disabled") else None}
                 return False
             request.state.principal = session.principal
@@ -401,7 +401,7 @@ def _json_problem(error, request, headers=None):
     more = {"retry-after": "1"} if status in (429, 503) else {}
     return Response(orjson.dumps(problem(error, request_id=request.state.request_id)), status, {**(headers or {}), **more}, "application/problem+json")
 
-# %% ../../nbs/deployment/06_service.ipynb #908f4f25
+# %% ../../nbs/deployment/06_service.ipynb #d9ba5ed6
 def _json(value, status=200, headers=None):
     import orjson
     from starlette.responses import Response
@@ -434,7 +434,7 @@ def _facts(bundle):
     return {"name": bundle.name, "version": bundle.version, "digest": bundle.digest, "origin": bundle.origin, "task": bundle.task, "classes": list(bundle.classes),
             "input": m["input"], "population": m["population"], "licence": m["licence"], "warnings": list(bundle.warnings)}
 
-
+# %% ../../nbs/deployment/06_service.ipynb #01ad779f
 def _predict_route(app):
     from fastapi import Request
     from starlette.responses import Response
@@ -445,7 +445,7 @@ def _predict_route(app):
 
     app.add_api_route("/v1/predict", predict, methods=["POST"], summary="Answer for one study, or for all in a form or archive", tags=["predict"])
 
-
+# %% ../../nbs/deployment/06_service.ipynb #78e8e31a
 def _study_route(app):
     from fastapi import Request
 
@@ -595,7 +595,7 @@ def _described(document):
     _describe_bodies(document["paths"], {"oneOf": [{"$ref": "#/components/schemas/Prediction"}, several]})
     return document
 
-# %% ../../nbs/deployment/06_service.ipynb #d1edb20b
+# %% ../../nbs/deployment/06_service.ipynb #5ba2314a
 _UID = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)*$", "maxLength": 64}
 _PARTS = {"study": _UID, "series": _UID, "instance": _UID, "tag": {"type": "string", "pattern": "^[0-9A-Fa-f]{8}$"}, "frame": {"type": "string", "pattern": "^[0-9]{1,6}$"},
           "frames": {"type": "string", "pattern": "^[0-9]{1,6}(,[0-9]{1,6}){0,9}$"}}
@@ -620,7 +620,7 @@ def _describe_dicomweb(path, operation):
     for parameter in operation.get("parameters", []):
         parameter["schema"] = _PARTS.get(parameter["name"], parameter["schema"]) if parameter["in"] == "path" else parameter["schema"]
 
-
+# %% ../../nbs/deployment/06_service.ipynb #a87d16b8
 def _describe_study(operation):
     """Parameters, body and answer of `POST /v1/studies/{study}/predict`."""
     one = {"type": "object", "required": ["id", "record", "dicom"], "properties": {"id": {"type": "integer"}, "record": {"$ref": "#/components/schemas/Prediction"},
