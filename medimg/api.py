@@ -767,14 +767,18 @@ def _promoted(champion, out, mix, result, new, population):
                            population={**people, **(population or {})}, metrics={**about, **metrics}, training=training, training_ids={*champion.seen, *mix.meta["training_ids"]})
     return {"name": bundle.name, "version": bundle.version, "digest": bundle.digest}
 
-# %% ../nbs/foundations/api.ipynb #ffb30efe
-def load_bundle(name_or_path):
+# %% ../nbs/foundations/api.ipynb #10cc1a60
+def load_bundle(name_or_path, *, allow_unsigned: bool | None = None, key=None):
     """A model bundle, verified before anything in it is used.
 
     Parameters
     ----------
     name_or_path : str or Path
-        `"pneumonia"` or `"phantom-cxr"` (shipped), or the path of a bundle.
+        `"pneumonia"`, `"phantom-cxr"`, `"phantom-lungs"` or `"phantom-nodules"` (shipped), or the path of a bundle.
+    allow_unsigned : bool, optional
+        Open a whole bundle that no trusted key signed; default: whether `MEDIMG_ALLOW_UNSIGNED` is set.
+    key : Key, optional
+        Of an encrypted bundle; default: what `MEDIMG_BUNDLE_KEY_FILE` or `MEDIMG_BUNDLE_KEY` names.
 
     Returns
     -------
@@ -785,7 +789,7 @@ def load_bundle(name_or_path):
     BundleError
         When there is no such bundle, or it is malformed.
     SignatureError
-        When one byte of it was changed.
+        When one byte of it was changed, or no trusted key signed it.
 
     Examples
     --------
@@ -793,7 +797,7 @@ def load_bundle(name_or_path):
     ('normal', 'pneumonia')
     """
     from medimg.deployment.bundle import Bundle
-    return Bundle.load(name_or_path)
+    return Bundle.load(name_or_path, allow_unsigned=allow_unsigned, key=key)
 
 
 def predict(bundle, paths, *, context=None, prior=None, progress: bool = True) -> list:

@@ -104,7 +104,10 @@ def test_text_from_strangers(evil):
                Prediction("error", evil, error={"type": evil, "what": evil, "remedy": evil}),
                Prediction("answered", evil, label=evil, probability={evil: 0.5}, score={evil: 1.0}, threshold={evil: 0.4}, model=MODEL,
                           picture=np.zeros((4, 4), "uint8"), heat_map=np.ones((4, 4), "float32"), explanation={"class": evil},
-                          uncertainty={"entropy_bits": 1.0, "note": evil}, findings=(Finding(evil, evil, note=evil),))]
+                          uncertainty={"entropy_bits": 1.0, "note": evil}, findings=(Finding(evil, evil, note=evil),)),
+               Prediction("answered", evil, task="detection", model=MODEL, findings=(Finding(evil, evil, score=0.5, slice=1, side=evil, lobe=evil, note=evil, growth={"relation": "matched"}),),
+                          recommendations=({"guideline": evil, "edition": evil, "rule": evil, "source": evil, "status": evil, "category": evil, "text": evil, "finding": 0,
+                                            "inputs_used": {evil: evil}, "inputs_missing": [evil], "reason": evil, "note": evil},))]
     html = render_report(hostile, title=evil, question=evil, sections=[Section(evil, lead=evil, facts=[(evil, evil)], findings=[("warning", evil)], caption=evil)])
     page = Page(html)
     assert not {"script"} & set(page.tags) and page.tags.count("img") == 2 and page.tags.count("style") == 1
@@ -112,6 +115,55 @@ def test_text_from_strangers(evil):
     assert not set("\u202e\x1b\x00") & set(html) and "55433" not in re.sub(r"<style>.*?</style>|base64,[^\"]*", "", html, flags=re.S).replace("2049", "") or "{{" not in evil
     if "{{" in evil:
         assert "{{ 7919*7 }}" in " ".join(page.text)
+
+
+def test_policy_is_the_hash_of_the_style():
+    """The browser's own rule: SHA-256 of the text between the style tags."""
+    import base64
+    import hashlib
+    for lang in ("en", "zh"):
+        html = render_report(records(), lang=lang)
+        style = re.search(r"<style>(.*?)</style>", html, re.S)[1]
+        assert f"style-src 'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in html.replace("&#39;", "'")
+        assert "unsafe" not in html.split("<style>")[0] and not re.search(r"<[^>]+\sstyle=", html)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_pdf(tmp_path, lang):
+    """PDF/A by poppler: title, tags, all fonts embedded, the words can be read, the foot of each page says research use."""
+    import subprocess
+    pytest.importorskip("weasyprint", reason="weasyprint is not installed; remedy: pip install 'medimg[pdf]'", exc_type=ImportError)
+    if not shutil.which("pdffonts"):
+        pytest.skip("poppler is not installed; remedy: apt-get install poppler-utils")
+    if lang == "zh" and not subprocess.run(["fc-list", ":lang=zh-cn"], capture_output=True).stdout:
+        pytest.skip("no Chinese font; remedy: apt-get install fonts-noto-cjk")
+    path = write_report(tmp_path / "r.pdf", records(), title="Title <T>", lang=lang)
+    ask = lambda *a: subprocess.run(a, capture_output=True, text=True, check=True).stdout      # noqa: E731
+    info, fonts = ask("pdfinfo", path), ask("pdffonts", path).splitlines()[2:]
+    assert re.search(r"Title:\s+Title <T>", info) and re.search(r"Tagged:\s+yes", info) and "pdfaid:part" in ask("pdfinfo", "-meta", path)
+    assert fonts and all(re.search(r"\s+yes yes yes\s", line) for line in fonts) and ("CJK" in " ".join(fonts)) == (lang == "zh")
+    for page in range(1, int(re.search(r"Pages:\s+(\d+)", info)[1]) + 1):
+        text = ask("pdftotext", "-f", str(page), "-l", str(page), path, "-")
+        assert ("仅供研究使用，非医疗器械" if lang == "zh" else "Research use, not a medical device") in text
+
+
+def test_pdf_fetches_nothing(tmp_path):
+    """A picture from a file or from the network stops the PDF, whatever wrote it into the page."""
+    from medimg.deployment.report import pdf_bytes
+    pytest.importorskip("weasyprint", reason="weasyprint is not installed; remedy: pip install 'medimg[pdf]'", exc_type=ImportError)
+    (tmp_path / "x.png").write_bytes(b"secret")
+    page = render_report(records())
+    for address in ("file:///etc/hostname", (tmp_path / "x.png").as_uri(), "http://127.0.0.1:9/x.png", "ftp://127.0.0.1/x.png"):
+        with pytest.raises(ConfigError, match="outside itself"):
+            pdf_bytes(page.replace("<main", f'<img src="{address}"><main'))
+
+
+def test_pdf_without_weasyprint(tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "weasyprint", None)
+    with pytest.raises(ConfigError, match=r"medimg\[pdf\]"):
+        write_report(tmp_path / "r.pdf", records())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_patient_identity():

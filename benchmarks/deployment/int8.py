@@ -47,7 +47,9 @@ def main():
             times = np.array([[_once(e, x[:batch]) for e in engines] for _ in range(200 if batch == 1 else 40)][5:])
             ratio = times[:, 0] / times[:, 1]
             low, mid, high = np.percentile(ratio, [10, 50, 90])
-            rows.append({"network": name, "batch": batch, "ratio": round(float(mid), 3), "low": round(float(low), 3), "high": round(float(high), 3), "ms": np.round(1000 * np.median(times, 0), 3).tolist()})
+            ms = np.round(1000 * np.median(times, 0), 3).tolist()
+            rows.append({"what": f"eight bits, {name}, batch {batch}", "peer": "the same graph in float32", "ours_s": ms[1] / 1000, "peer_s": ms[0] / 1000, "ratio_min": round(float(low), 3),
+                         "ratio_max": round(float(high), 3), "network": name, "batch": batch, "ratio": round(float(mid), 3), "low": round(float(low), 3), "high": round(float(high), 3), "ms": ms})
             print(f"{name:18} batch {batch:2}: int8 {mid:.2f} times as fast [{low:.2f}, {high:.2f}], ms {rows[-1]['ms']}")
     print(json.dumps(facts))
     out = ROOT / "results" / "benchmarks" / "deployment_int8.json"

@@ -154,7 +154,7 @@ def _header(path, pixels=False):
     except Exception as error:                       # pydicom raises many kinds on malformed bytes
         raise NotDicom(f"cannot be read as DICOM ({type(error).__name__})", path=path, remedy="check the file and copy it again") from error
 
-# %% ../../nbs/data/05c_segmentations.ipynb #d7aa5eba
+# %% ../../nbs/data/05c_segmentations.ipynb #f4308341
 def _complete(header):
     """Type 2 attributes may be empty but not absent (PS3.5 7.4.3); many files leave them out, and highdicom asks for them."""
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"):
@@ -177,7 +177,7 @@ def _description(hd, number, name, codes, algorithm):
     category, kind = (hd.sr.CodedConcept(*code) for code in (codes or {}).get(name) or segment_code(name))
     made = {"algorithm_type": "MANUAL"}
     if algorithm:
-        family = hd.sr.CodedConcept("123109", "DCM", "Artificial Intelligence")
+        family = hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")
         made = {"algorithm_type": "AUTOMATIC", "algorithm_identification": hd.AlgorithmIdentificationSequence(*algorithm[:1], family, algorithm[1])}
     return hd.seg.SegmentDescription(number, name, category, kind, tracking_uid=_uid("tracking", name), tracking_id=name, **made)
 

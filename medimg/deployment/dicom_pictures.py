@@ -50,7 +50,7 @@ class Stamp:
         digest = hashlib.sha256("/".join(map(str, ("medimg answer", self.seed, *role))).encode()).hexdigest()
         return f"2.25.{uuid.UUID(hex=digest[:32], version=4).int}"
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #3bf01a4a
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #0ccaa560
 def read_sources(source_files) -> list:
     """The headers of the images that an answer belongs to, in geometric order.
 
@@ -75,7 +75,7 @@ def read_sources(source_files) -> list:
     --------
     >>> read_sources([])
     Traceback (most recent call last):
-    medimg.errors.DicomError: no source images
+    medimg.errors.DicomError: no source images; name the files that the answer belongs to
     """
     many = [source_files] if isinstance(source_files, (str, Path)) else list(source_files)
     files = [f for one in many for f in (sorted(f for f in Path(one).rglob("*") if f.is_file()) if isinstance(one, (str, Path)) and Path(one).is_dir() else [one])]

@@ -177,7 +177,7 @@ def _line(mask, k, z, rows, columns, finding, centre, spacing, step):
     x = (centre[2] + 0.5 - columns.start + radius / spacing[1] * np.cos(turn)) * scale[1]
     return [" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))], False
 
-# %% ../../nbs/deployment/05k_key_slices.ipynb #73877ce0
+# %% ../../nbs/deployment/05k_key_slices.ipynb #d8d2cb50
 def toy_detection(case, source: str = "ct"):
     """A Prediction that says exactly what was planted in a phantom: for teaching and for tests, never a model's answer.
 
@@ -196,7 +196,7 @@ def toy_detection(case, source: str = "ct"):
     --------
     >>> from medimg.data.phantom import thorax_phantom
     >>> answer = toy_detection(thorax_phantom(1, shape=(40, 96, 96), spacing_mm=(7.5, 3.8, 3.8)))
-    >>> answer.findings[0].type, answer.mask.max()
+    >>> answer.findings[0].type, int(answer.mask.max())
     ('solid', 3)
     """
     from medimg.deployment.prediction import STUDY_FIELDS, Prediction
@@ -213,12 +213,12 @@ def toy_detection(case, source: str = "ct"):
     return Prediction("answered", source, task="detection", classes=("nodule",), findings=tuple(findings), model=model, study=study, volume=volume, mask=mask,
                       created="2026-01-01T08:00:00+00:00", picture=_grey(middle, _WINDOWS["lung"]))
 
-# %% ../../nbs/deployment/05k_key_slices.ipynb #85214735
+# %% ../../nbs/deployment/05k_key_slices.ipynb #1e8e38d0
 def _planted(nodule, k, z):
     from medimg.deployment.prediction import Finding
     d = nodule.diameter_mm
     ball = [round(float(np.pi / 6 * size**3), 1) for size in (d, 0.9 * d)]
-    growth = {"relation": "matched", "prior_study_uid": "2.25.1", "interval_days": 180, "prior_volume_mm3": ball[1], "prior_mean_diameter_mm": round(0.9 * d, 1),
+    growth = {"relation": "matched", "prior_study_uid": "2.25.1", "interval_days": 180, "prior_volume_mm3": ball[1], "prior_mean_diameter_mm": round(0.9 * d, 1), "prior_solid_diameter_mm": None,
               "volume_doubling_days": round(float(180 * np.log(2) / np.log(0.9**-3)))}
     return Finding("nodule", nodule.kind, score=round(0.97 - 0.06 * k, 2), slice=z, centroid_mm=tuple(nodule.centroid_mm), long_axis_mm=d, short_axis_mm=d, mean_diameter_mm=d,
                    volume_mm3=ball[0], side=nodule.side, lobe=nodule.lobe, note="planted in the phantom", solid_diameter_mm=nodule.core_diameter_mm or None,

@@ -264,7 +264,7 @@ def _scores(bundle, logits):
     names = bundle.classes[1:] if bundle.task == "binary" else bundle.classes
     return {name: float(z) for name, z in zip(names, logits)}
 
-# %% ../../nbs/deployment/03_predict.ipynb #b26567ba
+# %% ../../nbs/deployment/03_predict.ipynb #cfdf21dd
 _NOTE = "probability calibrated by temperature on {n} {on} images; it holds for patients like those, at the same share of disease"
 
 
