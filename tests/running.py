@@ -17,7 +17,7 @@ class Running:
     """A started service: `process`, `base`, `key` (an administrator's) and what it printed."""
 
     def __init__(self, folder, *, bundle, **settings):
-        self.settings = ServiceSettings(**{"store": str(folder / "store"), "bundles": (str(bundle),), "port": 0, "decoders": 2, "decode_s": 5.0, **settings})
+        self.settings = ServiceSettings(**{"store": str(folder / "store"), "bundles": (str(bundle),), "port": 0, "decoders": 2, "decode_s": 5.0, "allow_unsigned": True, **settings})
         script = folder / "start.py"
         script.write_text(CODE.format(to_environ(self.settings)))
         self.process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

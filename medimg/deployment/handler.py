@@ -204,7 +204,7 @@ class _Loading(_Life):
             raise errors[0] if errors else BadRequest("no picture was found", remedy="send a DICOM, PNG, JPEG, NumPy or NIfTI file")
         return [record for record, _ in results]
 
-# %% ../../nbs/deployment/06j_handler.ipynb #c24f7bab
+# %% ../../nbs/deployment/06j_handler.ipynb #4312526d
 class _Answering(_Loading):
     async def _answered(self, batcher, source, study, deadline_s):
         try:
@@ -221,13 +221,11 @@ class _Answering(_Loading):
 
     async def _load(self, row):
         if row["study_uid"]:
-            paths = [str(i["path"]) for i in await asyncio.to_thread(self.store.instances, row["study_uid"])]
-            if not paths:
-                raise NotFound("no such study is kept here")
-            return await self.decoders.load(b"", "paths", row["study_uid"], options={"paths": paths})
+            from medimg.deployment.stored import load_stored
+            return await load_stored(self, row["study_uid"], self.batcher(row["bundle"]).bundle)
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
-# %% ../../nbs/deployment/06j_handler.ipynb #2a679f2b
+# %% ../../nbs/deployment/06j_handler.ipynb #29b27025
 class Handler(_Answering):
     """Bundles, decoders, store and jobs of one worker process.
 
@@ -244,7 +242,7 @@ class Handler(_Answering):
     >>> from medimg.deployment.bundle import toy_bundle, toy_images
     >>> from medimg.plots import png_bytes
     >>> folder = tempfile.mkdtemp()
-    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1)
+    >>> settings = ServiceSettings(bundles=(str(toy_bundle(folder + "/toy").path),), store=folder + "/store", decoders=1, allow_unsigned=True)
     >>> async def example():
     ...     async with Handler(settings) as handler:
     ...         return await handler.answer([(".png", "a.png", png_bytes(toy_images(2, seed=5)[0][1]))])
@@ -261,14 +259,19 @@ class Handler(_Answering):
             except Overloaded:                     # a job can wait
                 await asyncio.sleep(0.2)
         self.metrics.add(f"answers_{record.status}")
-        await asyncio.to_thread(self.store.add_result, record)
+        return await asyncio.to_thread(self._kept, row, record)
+
+    def _kept(self, row, record):
+        from medimg.deployment.stored import finished, keep
+        record = finished(record, task=self.batcher(row["bundle"]).bundle.task)
+        keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
 
-# %% ../../nbs/deployment/06j_handler.ipynb #e54b7950
+# %% ../../nbs/deployment/06j_handler.ipynb #e5222ec8
 def _opened(name, settings):
     """A bundle behind its line. A small network runs fastest on one thread: waking a second one takes longer than the work."""
     from medimg.deployment.engine import Engine
-    bundle = Bundle.load(name)
+    bundle = Bundle.load(name, allow_unsigned=settings.allow_unsigned or None)
     line = {"most": settings.batch, "queue": max(4 * settings.queue, 1000)}
     whole, first = bundle.engine, Engine(bundle._files["model.onnx"], threads=settings.threads or 1)
     bundle.engine = first

@@ -35,9 +35,23 @@ class _Checked:
         """Whether only this machine can connect."""
         return _is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #72659d3e
+# %% ../../nbs/deployment/06i_settings.ipynb #6e18f825
 @dataclass(frozen=True)
-class ServiceSettings(_Checked):
+class _WhoMay(_Checked):
+    """The part about people and programs: who may, how often, and where it is written down."""
+
+    peers: tuple = ()                           # addresses or networks that may connect; empty: all
+    keys: str | None = None                     # file of API keys; None: keys.json in the store
+    users: str | None = None                    # file of the people who sign in to the review page; None: users.json in the store
+    audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
+    audit_head: str | None = None               # where its head goes: a path (best on another machine) or "stdout"; None: beside the log
+    review: bool = True                         # the review page below /review/, for one worker: its sessions live in one process
+    rate: float = 0.0                           # requests a second for each key; 0: no limit
+    burst: int = 100                            # requests that a key may make at once
+
+# %% ../../nbs/deployment/06i_settings.ipynb #64d36242
+@dataclass(frozen=True)
+class ServiceSettings(_WhoMay):
     """How a service runs; see `load_settings`.
 
     Examples
@@ -54,10 +68,8 @@ class ServiceSettings(_Checked):
     tls_key: str | None = None                  # PEM file of its private key
     tls_client_ca: str | None = None            # PEM file; clients must then show a certificate
     public_url: str | None = None               # how clients reach it, for links; None: the address of the socket
-    peers: tuple = ()                           # addresses or networks that may connect; empty: all
-    keys: str | None = None                     # file of API keys; None: keys.json in the store
-    audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
     bundles: tuple = ("pneumonia",)             # names or paths; the first is the default
+    allow_unsigned: bool = False                # open bundles that no trusted key signed, such as one made a minute ago
     store: str | None = None                    # folder for what is kept; None: a folder in the cache
     workers: int = 1                            # processes
     threads: int | None = None                  # threads of one run of a network; None: one per core, shared by the workers
@@ -74,8 +86,6 @@ class ServiceSettings(_Checked):
     keep_alive_s: int = 20                      # seconds that an idle connection stays
     connections: int = 1000                     # of one worker
     grace_s: int = 20                           # seconds for what was accepted when the service ends
-    rate: float = 0.0                           # requests a second for each key; 0: no limit
-    burst: int = 100                            # requests that a key may make at once
     jobs: int = 100                             # jobs that may wait
     lean: bool = True                           # answer /v1/predict before FastAPI
 

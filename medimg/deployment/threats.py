@@ -85,7 +85,7 @@ _WHAT = _rows(
     ("I", "audit log", "learn of patients from the log", "fields with patterns, studies as keyed hashes", "test_fields_are_allow_listed test_what_is_taken_holds_no_free_text test_studies_are_pseudonyms"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #37059bdb
+# %% ../../nbs/deployment/05g_threats.ipynb #b93dd515
 _FILES = _rows(
     "test_bundle.py",
     ("T", "bundles", "change one bit, swap or add a file", "digests and signature checked before anything is parsed", "test_one_flipped_bit test_extra_file_folder_link_and_pipe test_nothing_is_parsed_before_digests"),
@@ -113,7 +113,31 @@ _FILES = _rows(
     ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages"),
 )
 
-THREATS = _WHO + _WHAT + _FILES
+# %% ../../nbs/deployment/05g_threats.ipynb #8d6bc724
+_SERVICE = _rows(
+    "test_service.py",
+    ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),
+    ("D", "service", "a body of ten gigabytes, headers or bodies one byte at a time, headers without end", "length, size and time judged before and while it arrives",
+     "test_ten_gigabytes_are_refused_before_they_come test_slow_headers_end_in_time test_slow_bodies_end_in_time test_headers_without_end test_fifty_slow_connections_hinder_nobody"),
+    ("D", "service", "more requests than it can answer", "a bounded line: 429 at once", "test_under_overload_only_200_and_429"),
+    ("D", "service", "a file that kills its reader", "decoder processes, replaced when they die", "test_killed_decoders_are_replaced test_the_malformed_corpus_gives_no_5xx"),
+    ("T", "service", "a path or file name that leads elsewhere", "names are only names, paths are routes", "test_paths_lead_nowhere test_names_of_senders_are_only_names"),
+    ("I", "service", "listen to it from the network by accident", "loopback, until exposure is said and has keys and TLS", "test_it_does_not_open_itself_to_others"),
+    ("I", "service", "find patients in its log, metrics or audit", "no text of a file in any of them", "test_no_patient_in_log_metrics_or_audit"),
+    ("S", "service", "a header that claims an allowed address", "only the connection's address counts", "test_a_forged_address_is_not_believed"),
+) + _rows(
+    "test_service_page.py",
+    ("S", "review page", "open it with a key, an old cookie or none", "a session of its own, ended at logout on the server", "test_the_page_asks_for_a_session test_a_session_replayed_after_logout_is_refused_by_the_service"),
+    ("S", "review page", "a label sent by another site or without the form's token", "CSRF token of the session, Origin, Sec-Fetch-Site", "test_forged_forms_change_nothing"),
+    ("S", "review page", "try passwords", "argon2id behind waiting times", "test_guessing_a_password_is_slow"),
+    ("E", "review page", "a viewer labels, or asks for an answer", "the same table of permissions for keys and sessions", "test_a_viewer_looks_and_cannot_label test_only_who_may_asks_for_an_answer"),
+    ("R", "review page", "\"I never opened that patient\"", "views, labels with their verdict, logins and refusals in the log before the answer", "test_views_labels_and_logins_are_in_the_log"),
+    ("T", "audit log", "own the folder of the service, and rewrite the log with its key and its head", "key by MEDIMG_AUDIT_KEY, head by audit_head; at the default both lie beside the log, which is said at each start",
+     "test_who_owns_the_folder_cannot_forge_the_log test_what_is_left_at_its_default_is_said_at_the_start"),
+    ("T", "store", "an answer that is answered again, without end", "what medimg wrote is no image to a model", "test_a_kept_study_is_answered_and_given_back_as_dicom"),
+)
+
+THREATS = _WHO + _WHAT + _FILES + _SERVICE
 
 
 def threat_table(threats=THREATS, *, kind: str | None = None) -> str:
