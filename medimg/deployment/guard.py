@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ROUTES', 'BY_SESSION', 'action_of', 'Guard', 'first_key', 'Auditor', 'weaknesses']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #4b3e484e
+# %% ../../nbs/deployment/06k_guard.ipynb #1d1ca473
 import asyncio
-import contextlib
 import functools
 import secrets
 import sys

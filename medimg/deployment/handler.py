@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gate', 'files_of', 'Handler', 'record_json']
 
-# %% ../../nbs/deployment/06j_handler.ipynb #b54190a4
+# %% ../../nbs/deployment/06j_handler.ipynb #fbdb8046
 import asyncio
 import contextlib
 import os
@@ -17,7 +17,6 @@ from .batching import Batcher, Overloaded
 from .bundle import Bundle
 from .decoders import Decoders, kind_of
 from .front import BadRequest, NotFound, Unsupported, file_name, name_in, parts_of
-from .intake import Study
 from .jobs import Jobs, error_record, work_off
 from .metrics import Metrics
 from .settings import ServiceSettings

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ServiceSettings', 'load_settings', 'to_environ', 'from_environ']
 
-# %% ../../nbs/deployment/06i_settings.ipynb #7eef41ab
+# %% ../../nbs/deployment/06i_settings.ipynb #03d0a736
 import ipaddress
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..errors import ConfigError, nearest
