@@ -727,7 +727,7 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
     raise typer.Exit(exit_code(answers))
 
-# %% ../nbs/foundations/cli.ipynb #a595cd69
+# %% ../nbs/foundations/cli.ipynb #8ea2a276
 @app.command()
 def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to answer with; the first is the default. Default: pneumonia.")] = None,
           host: Annotated[str | None, typer.Option(help="Address; anything but this machine needs --expose, TLS and a key.")] = None, port: Annotated[int | None, typer.Option(help="0: any that is free.")] = None,
@@ -738,6 +738,8 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
           tls_client_ca: Annotated[Path | None, typer.Option(help="Clients must show a certificate of this CA.")] = None,
           peers: Annotated[list[str] | None, typer.Option(help="Address or network that may connect; may be repeated.")] = None,
           queue: Annotated[int | None, typer.Option(help="Requests in work at once; more get 429.")] = None, rate: Annotated[float | None, typer.Option(help="Requests a second for each key; 0: no limit.")] = None,
+          review: Annotated[bool, typer.Option("--review/--no-review", help="The page for reading and correcting answers.")] = True,
+          audit_head: Annotated[str | None, typer.Option(help="File, or stdout, for the head of the audit log: better not beside the log.")] = None, allow_unsigned: AllowUnsigned = False,
           settings: Annotated[Path | None, typer.Option("--settings", help="TOML file; options here win.")] = None):
     """Answer over HTTP and DICOMweb, with a review page, until stopped. On the first start a key is made and shown once."""
     from medimg.deployment.scrub import Scrub
@@ -745,7 +747,8 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
     from medimg.deployment.settings import load_settings
     Scrub().install()
     given = {"host": host, "port": port, "workers": workers, "store": store and str(store), "expose": expose or None, "behind_proxy": behind_proxy or None, "tls_cert": tls_cert and str(tls_cert),
-             "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None, "queue": queue, "rate": rate}
+             "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None, "queue": queue, "rate": rate, "review": None if review else False,
+             "audit_head": audit_head, "allow_unsigned": allow_unsigned or None}
     listen(load_settings(settings, bundles=tuple(bundle) if bundle else None, **given))
 
 # %% ../nbs/foundations/cli.ipynb #2ace81bc
@@ -789,10 +792,11 @@ def key_revoke(identity: Annotated[str, typer.Argument(help="As key list shows i
     _ring(store).revoke(identity)
     typer.echo(f"revoked {identity}")
 
-# %% ../nbs/foundations/cli.ipynb #0e8d7f02
+# %% ../nbs/foundations/cli.ipynb #ae4bcd94
 def _users(store):
     from medimg.deployment.sessions import Users
-    return Users(_service(store).folder / "users.json")
+    from medimg.deployment.service import users_file
+    return Users(users_file(_service(store)))
 
 
 def _asked_password():

@@ -80,7 +80,7 @@ class Scans:
     def __iter__(self):
         return (self[k] for k in range(len(self)))
 
-# %% ../../nbs/data/04k_scans.ipynb #51ce8e07
+# %% ../../nbs/data/04k_scans.ipynb #6075a7fc
 @dataclass(frozen=True, eq=False)
 class ScanDataset:
     """CT scans with known lesions and folds; rows as in `medimg.data.datasets.ImageDataset`, but the images are `Scans`.
@@ -151,14 +151,13 @@ class ScanDataset:
         rows = np.flatnonzero(self.splits == name)
         if not len(rows):
             raise DatasetError(f"{self.name} has no fold {name!r}", remedy=f"folds: {', '.join(sorted(set(self.splits.tolist())))}")
-        images = Scans([self.images.patients[k] for k in rows], [self.images.acquisitions[k] for k in rows])
-        return replace(self, images=images, splits=self.splits[rows], meta={k: v[rows] for k, v in self.meta.items()})
+        return replace(self, images=Scans([self.images.patients[k] for k in rows], [self.images.acquisitions[k] for k in rows]), splits=self.splits[rows], meta={k: v[rows] for k, v in self.meta.items()})
 
     def __repr__(self):
         relevant = sum(one["relevant"] for row in self.meta["lesions"] for one in row)
         return f"ScanDataset({self.name}: {len(self)} scans, {relevant} lesions of 4 mm or more, folds {', '.join(dict.fromkeys(self.splits.tolist()))})"
 
-# %% ../../nbs/data/04k_scans.ipynb #a9d8768e
+# %% ../../nbs/data/04k_scans.ipynb #36c88e86
 #: Fold: cohort of `phantom_cohort` and scans; nobody is in two cohorts, and no other experiment uses these.
 COHORTS = {"train": (30, 64), "val": (31, 24), "test": (32, 48)}
 
@@ -191,7 +190,7 @@ def phantom_scans(n: int | None = None) -> ScanDataset:
     meta = {"lesions": lesions, "acquisition": np.array(how), "sex": np.array([p.anatomy.sex for p in patients]), "age": np.array([p.anatomy.age_years for p in patients])}
     return ScanDataset("phantom-nodules", Scans(patients, how), splits, meta)
 
-
+# %% ../../nbs/data/04k_scans.ipynb #d43dfd80
 def lesions_of(patient: Patient, *, least_mm: float = 4.0) -> tuple:
     """The nodules of a patient as the truth of a detection set.
 
