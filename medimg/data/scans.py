@@ -80,7 +80,7 @@ class Scans:
     def __iter__(self):
         return (self[k] for k in range(len(self)))
 
-# %% ../../nbs/data/04k_scans.ipynb #6075a7fc
+# %% ../../nbs/data/04k_scans.ipynb #d78ebb40
 @dataclass(frozen=True, eq=False)
 class ScanDataset:
     """CT scans with known lesions and folds; rows as in `medimg.data.datasets.ImageDataset`, but the images are `Scans`.
@@ -105,7 +105,7 @@ class ScanDataset:
     --------
     >>> data = load_scans("phantom-nodules", n=8)
     >>> data.task, len(data.split("test")), data.meta["acquisition"][:4].tolist()
-    ('detection', 2, ['thin', 'routine', 'thick', 'low dose'])
+    ('detection', 3, ['thin', 'routine', 'thick', 'low dose'])
     """
 
     name: str
@@ -157,7 +157,7 @@ class ScanDataset:
         relevant = sum(one["relevant"] for row in self.meta["lesions"] for one in row)
         return f"ScanDataset({self.name}: {len(self)} scans, {relevant} lesions of 4 mm or more, folds {', '.join(dict.fromkeys(self.splits.tolist()))})"
 
-# %% ../../nbs/data/04k_scans.ipynb #36c88e86
+# %% ../../nbs/data/04k_scans.ipynb #de00a294
 #: Fold: cohort of `phantom_cohort` and scans; nobody is in two cohorts, and no other experiment uses these.
 COHORTS = {"train": (30, 64), "val": (31, 24), "test": (32, 48)}
 
@@ -177,7 +177,7 @@ def phantom_scans(n: int | None = None) -> ScanDataset:
     Examples
     --------
     >>> phantom_scans(8).splits.tolist()
-    ['train', 'train', 'train', 'train', 'val', 'val', 'test', 'test']
+    ['train', 'train', 'train', 'train', 'val', 'val', 'test', 'test', 'test']
     """
     total = sum(k for _, k in COHORTS.values())
     sizes = {name: k if n is None else max(2, round(n * k / total)) for name, (_, k) in COHORTS.items()}
@@ -269,7 +269,7 @@ def phantom_lungs(n: int | None = None, *, side: int = 128) -> ImageDataset:
     return ImageDataset("phantom-lungs", images, np.zeros(len(images), int), splits, task="segmentation", classes=("background", "lung"), masks=masks.astype(np.uint8),
                         patient_ids=np.array([f"PHANTOM-{70_000 + k}" for k in range(len(images))]), licence="CC0 (made by this package)", citation="medimg phantom radiographs")
 
-# %% ../../nbs/data/04k_scans.ipynb #aa6f1111
+# %% ../../nbs/data/04k_scans.ipynb #341ac73e
 MADE_HERE = {"phantom-nodules": phantom_scans, "phantom-lungs": phantom_lungs}
 
 
@@ -295,7 +295,7 @@ def load_scans(name: str, *, n: int | None = None):
     --------
     >>> load_scans("phantom-nodule")
     Traceback (most recent call last):
-    medimg.errors.DatasetError: no such set of scans: 'phantom-nodule'; did you mean phantom-nodules?
+    medimg.errors.DatasetError: no such set of scans: 'phantom-nodule'; did you mean phantom-nodules or phantom-lungs?
     """
     if name not in MADE_HERE:
         raise DatasetError(f"no such set of scans: {name!r}", remedy=nearest(name, MADE_HERE))
