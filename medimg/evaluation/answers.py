@@ -359,7 +359,7 @@ def _sheet_facts(d, sheet, info):
     if (lesions := (d.meta or {}).get("lesions")) is not None:
         yield "lesions that count", sum(bool(one.get("relevant", True)) for scan in lesions for one in scan)
 
-# %% ../../nbs/evaluation/10b_answers.ipynb #bcaba438
+# %% ../../nbs/evaluation/10b_answers.ipynb #abbdf846
 def card_points(part, result: dict, manifest: dict | None, sections) -> list:
     """The checklist, filled from what is known.
 
@@ -409,6 +409,6 @@ def card_points(part, result: dict, manifest: dict | None, sections) -> list:
 def _manifest_points(m):
     """What a bundle's manifest says."""
     return {"purpose": f"{m['research_use']}: study and teaching only", "population": f"training images: {m['population']['description']}; of the images judged here only what stands above",
-            "preprocessing": "in preprocess.json of the bundle, the same code in training and use", "network": f"ONNX graph, input {' × '.join(map(str, m['input']['shape']))}; parameters and start in the run record",
+            "preprocessing": "in preprocess.json of the bundle, the same code in training and use", "network": f"ONNX graph, input {' × '.join(str(side or 'any') for side in m['input']['shape'])}; parameters and start in the run record",
             "training": f"data set {m['training']['dataset']}, seed {m['training']['seed']}, commit {(m['training']['commit'] or 'unknown')[:12]}",
             "limits": "other machines, ages, views and diseases than those it was trained on", "licence": f"code {m['licence']['code']}, data {m['licence']['data']}; {m['licence']['citation']}"}
