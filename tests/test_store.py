@@ -307,7 +307,7 @@ def test_export_is_a_data_set(store, tmp_path):
     study = store.studies()[0]["study_uid"]
     facts = dict.fromkeys(STUDY_FIELDS)
     rng = np.random.default_rng(0)
-    for k in range(20):
+    for k in range(60):      # so many that no fold is empty, whatever the store's own key makes of their ids
         own = answered(picture=rng.integers(0, 255, (12, 12), "uint8"), study={**facts, "study_uid": study if k < 4 else f"1.9.{k}"})
         store.add_label(store.add_result(own), user="a", verdict="disagree" if k % 2 else "agree", label="normal" if k % 2 else None)
     ids = [r["id"] for r in store.results()]
@@ -315,9 +315,9 @@ def test_export_is_a_data_set(store, tmp_path):
     store.add_label(ids[1], user="a", verdict="disagree", label=None)
     store.add_label(copy := store.add_result(answered(picture=store.arrays(ids[2])["picture"])), user="a", verdict="agree")
     done = export_labels(store, tmp_path / "out")
-    assert done["images"] == {"ill": 9, "normal": 9} and set(done["left_out"]) == {ids[0], ids[1], copy}
+    assert done["images"] == {"ill": 29, "normal": 29} and set(done["left_out"]) == {ids[0], ids[1], copy}
     data = import_folder(tmp_path / "out", patients=tmp_path / "out" / "patients.csv")
-    assert data.classes == ("ill", "normal") and len(data) == 18 and len(set(data.patient_ids)) == 15
+    assert data.classes == ("ill", "normal") and len(data) == 58 and len(set(data.patient_ids)) == 55
     assert not any("1CT1" in p or "1.9" in p for p in data.patient_ids)
     assert len((tmp_path / "out" / "labels.jsonl").read_text().splitlines()) == len(store.labels())
     with pytest.raises(ConfigError, match="not empty"):
