@@ -308,9 +308,9 @@ def test_ray_makes_the_same_search_on_two_cpus(tmp_path, monkeypatch):
     assert len(found.trials) == 9 and {t.state for t in found.trials} <= {"finished", "stopped", "failed"} and "stopped" in {t.state for t in found.trials}
     for t in found.trials:
         length = max(t.epochs)
-        assert t.epochs == {e: score(t.params, e) for e in range(1, length + 1)} and (length in (1, 3)) == (t.state == "stopped")
+        assert t.epochs == {e: score(t.params, e) for e in range(1, length + 1)} and (t.state == "stopped" if length in (1, 3) else length == 9)
         assert t.scores == (() if t.state != "finished" else (score(t.params, 9),))
-    assert all(t.state == "failed" for t in found.trials if t.params["k"] == 4 and max(t.epochs) == 9)
+    assert all(t.state in ("failed", "stopped") for t in found.trials if t.params["k"] == 4 and max(t.epochs) == 9), "Ray's last rung may stop a trial that has just ended"
     assert run(out=tmp_path, trials=9).table() == found.table(), "a finished search is read by either engine"
     assert len(run(out=tmp_path, trials=10).trials) == 10, "and gone on with"
 
