@@ -224,7 +224,7 @@ class _Answering(_Loading):
             return await load_stored(self, row["study_uid"], self.batcher(row["bundle"]).bundle)
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
-# %% ../../nbs/deployment/06j_handler.ipynb #29b27025
+# %% ../../nbs/deployment/06j_handler.ipynb #d70771ee
 class Handler(_Answering):
     """Bundles, decoders, store and jobs of one worker process.
 
@@ -261,7 +261,8 @@ class Handler(_Answering):
         return await asyncio.to_thread(self._kept, row, record)
 
     def _kept(self, row, record):
-        from medimg.deployment.stored import finished, keep
+        from medimg.deployment.stored import keep
+        from medimg.deployment.study import finished
         record = finished(record, task=self.batcher(row["bundle"]).bundle.task)
         keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
