@@ -221,6 +221,23 @@ def test_workers_killed_with_their_search_lose_and_repeat_nothing(tmp_path):
         assert len(epochs) - len(set(epochs)) <= 2
 
 
+def test_no_waiting_trial_is_given_to_two_workers(tmp_path):
+    """SQLite alone does: this failed in every one of six runs before workers took turns."""
+    script = """
+import sys
+from medimg.training.tuning import SearchConfig, search
+def objective(params, report, folder):
+    with open(folder / "made.txt", "a") as log:
+        print(1, file=log)
+    report(1, params["a"])
+    return params["a"]
+search(objective, {"a": ("uniform", 0, 9)}, SearchConfig(trials=32, workers=4), out=sys.argv[1], first=[{"a": k / 8} for k in range(32)], progress=False)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "search")], check=True)
+    made = [log.read_text().split() for log in (tmp_path / "search" / "trials").glob("*/made.txt")]
+    assert made == [["1"]] * 32 and [t["params"]["a"] for t in table(tmp_path / "search")] == [k / 8 for k in range(32)]
+
+
 def finished(folder):
     """number -> (state, params) of the finished trials in the study's file, by SQL, without Optuna."""
     if not (folder / "study.db").exists():

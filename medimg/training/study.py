@@ -146,7 +146,7 @@ def _alone(out):
             owner.flush()
         yield mark
 
-# %% ../../nbs/training/03a_study.ipynb #7617a222
+# %% ../../nbs/training/03a_study.ipynb #033cec75
 @dataclass(frozen=True)
 class _Job:
     """A search as its workers see it."""
@@ -177,7 +177,7 @@ def _scores(answer, goals):
 
 @contextlib.contextmanager
 def _in_folder(folder):
-    """Within the block no other trial uses the folder."""
+    """Within the block no other process uses the folder."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / ".lock", "exclusive", patience_s=math.inf):
@@ -185,11 +185,12 @@ def _in_folder(folder):
     else:
         yield
 
-# %% ../../nbs/training/03a_study.ipynb #fe0fac30
+# %% ../../nbs/training/03a_study.ipynb #d000c403
 def _one_trial(job, study):
     """Ask for settings, run the objective, tell what came out. An error leaves the trial open: the next call takes it up again."""
     optuna, goals = _optuna(), job.config.goals
-    trial, start = study.ask(_distributions(job.space)), time.perf_counter()
+    with _in_folder(job.out and job.out / "trials"):        # SQLite would give one waiting trial to two workers
+        trial, start = study.ask(_distributions(job.space)), time.perf_counter()
     params = _decoded(job.space, trial.params)
 
     def report(epoch, score):
