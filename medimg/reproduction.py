@@ -235,14 +235,14 @@ def _experiment(name, *, update, log, progress, **settings):
         store_result(result, home)
     return result
 
-# %% ../nbs/foundations/reproduction.ipynb #c05a4ef1
+# %% ../nbs/foundations/reproduction.ipynb #6c81714f
 def _pack(r, run, dataset, tested, out):
     """Build the bundle of a finished run."""
     from medimg.data.datasets import drop_shared
     from medimg.deployment.bundle import bundle_of_run
     metrics = {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]}
     return bundle_of_run(out / "bundle", out / "run", drop_shared(dataset, quiet=True), name=r.name, version=r.version, input=r.input, population=r.population, metrics=metrics,
-                         notes=known_limits(r.name))
+                         coverage=r.coverage, notes=known_limits(r.name))
 
 
 def known_limits(name: str) -> str:

@@ -13,6 +13,7 @@ from medimg.deployment.reference import calibrated, check_calibration, fit_calib
 from medimg.errors import BundleError, ConfigError
 from medimg.evaluation.calibration import Isotonic, Platt, Temperature, VectorScaling
 from medimg.evaluation.conformal import Conformal
+from medimg.training.recipes import RECIPES
 
 
 def drawn(n, k, seed=0):
@@ -181,7 +182,7 @@ def test_a_contradiction_is_refused_by_the_bundle(careful, tmp_path):
 @pytest.mark.parametrize("name", ["pneumonia", "phantom-cxr"])
 def test_shipped_classifiers_have_sets(name):
     sets, bundle = b.Bundle.load(name).calibration["conformal"], b.Bundle.load(name)
-    assert sets["fitted_on"] == "validation" and sum(sets["n"]) == bundle.calibration["n"] and sets["coverage"] == 0.9
+    assert sets["fitted_on"] == "validation" and sum(sets["n"]) == bundle.calibration["n"] and sets["coverage"] == RECIPES[name].coverage
     assert ", ".join(f"{n} {c}" for n, c in zip(sets["n"], bundle.classes)) in bundle.card
 
 

@@ -476,8 +476,8 @@ def _open_second(bundle):
         raise BundleError(f"takes {engine.input_shape} but the manifest says cubes of {size}", path=bundle.path / "second.onnx")
     return engine
 
-# %% ../../nbs/deployment/01_bundle.ipynb #78473eb1
-def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None, quantile: float = 0.995, most: int = 5000) -> dict:
+# %% ../../nbs/deployment/01_bundle.ipynb #72ad6baa
+def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None, coverage: float = 0.9, quantile: float = 0.995, most: int = 5000) -> dict:
     """Everything a bundle takes from data: calibration, threshold, reference and the ids of the training images.
 
     Parameters
@@ -489,8 +489,10 @@ def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None,
     dataset : ImageDataset
         With the splits `train` and `val`; `test` is not touched.
     calibration : dict, optional
-        One that was fitted to the same validation images; default a temperature. Without an entry `conformal` it gets one, where the task has sets: one limit
-        for all classes, at 90 %.
+        One that was fitted to the same validation images; default a temperature. Without an entry `conformal` it gets one, where the task has sets, with one
+        limit for all classes.
+    coverage : float
+        What the sets promise. One below the network's own accuracy leaves sets empty of pictures that it knows quite well.
     quantile : float in 0 … 1
         Share of validation images that count as familiar.
     most : int
@@ -515,7 +517,7 @@ def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None,
     seen, held = (engine.run(preprocessor.batch(images)) for images in (train.images[:most], val.images))
     fit = calibration or fit_temperature(held["logits"], val.labels, task=dataset.task)
     if "conformal" not in fit and fit["n"] == len(val.labels):
-        fit = with_sets(fit, held["logits"], val.labels, task=dataset.task)
+        fit = with_sets(fit, held["logits"], val.labels, task=dataset.task, coverage=coverage)
     thresholds = {}
     if dataset.task == "binary":
         from medimg.evaluation.metrics import youden_threshold
@@ -524,11 +526,11 @@ def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None,
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #94c27ef2
+# %% ../../nbs/deployment/01_bundle.ipynb #5fc28fbb
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
-def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bool | None = None, **facts) -> Bundle:
+def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, coverage: float = 0.9, sign: bool | None = None, **facts) -> Bundle:
     """Measure, write, sign and verify a bundle; `out` appears as a whole or not at all.
 
     Parameters
@@ -544,6 +546,8 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bo
         `training_ids`.
     batch : array (n, y, x, c) float32, optional
         Preprocessed pictures for the parity check of a Keras model; random ones by default.
+    coverage : float
+        Of the prediction sets that `calibrate` fits.
     sign : bool, optional
         Sign it with this computer's key; default: when there is one (`medimg trust init`).
     **facts
@@ -571,7 +575,7 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bo
     graph, difference = _graph_of(model, batch)
     engine = Engine(graph)
     if dataset is not None:
-        found = calibrate(engine, preprocessor, dataset, calibration=facts.pop("calibration", None))
+        found = calibrate(engine, preprocessor, dataset, calibration=facts.pop("calibration", None), coverage=coverage)
         facts = {**_dataset_facts(dataset), **found, **facts}
     _check_facts(facts)
     files = _pack_files(graph, engine, preprocessor, facts, difference)
