@@ -169,7 +169,7 @@ def calibrated(logits, calibration: dict, *, task: str) -> np.ndarray:
     from medimg.evaluation.calibration import calibrator_from_json
     return calibrator_from_json(json.dumps({key: value for key, value in calibration.items() if key != "conformal"})).apply(logits)
 
-# %% ../../nbs/deployment/01b_reference.ipynb #9503d5d1
+# %% ../../nbs/deployment/01b_reference.ipynb #bcec43c0
 #: Tasks with exactly one true class, for which prediction sets are defined.
 SET_TASKS = ("binary", "multiclass", "ordinal")
 
@@ -222,7 +222,7 @@ def in_set(p, conformal: dict) -> np.ndarray:
     Examples
     --------
     >>> in_set([[0.95, 0.05], [0.6, 0.4]], {"limits": [0.65, 0.65]}).tolist()
-    [[True, False], [True, False]]
+    [[True, False], [True, True]]
     """
     limits = np.array([np.inf if limit is None else limit for limit in conformal["limits"]])
     return 1 - np.asarray(p, dtype=np.float64) <= limits
