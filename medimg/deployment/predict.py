@@ -264,7 +264,7 @@ def _scores(bundle, logits):
     names = bundle.classes[1:] if bundle.task == "binary" else bundle.classes
     return {name: float(z) for name, z in zip(names, logits)}
 
-# %% ../../nbs/deployment/03_predict.ipynb #497e49a4
+# %% ../../nbs/deployment/03_predict.ipynb #79fea515
 _NOTE = "probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease"
 _EMPTY = "no class fits as well as in {share} of the {on} images: read it as unknown"
 _MANY = "{names} cannot be told apart where the set shall hold the true class in {share} of patients"
@@ -297,7 +297,7 @@ def _set_of(bundle, p, label):
         note.append(_BESIDE.format(label=label))
     return kept, {"note": "; ".join(note), "level": sets["coverage"]}
 
-
+# %% ../../nbs/deployment/03_predict.ipynb #5503e0aa
 def _explain(bundle, out, study, k):
     column = 0 if bundle.task == "binary" else k
     if "cam" not in out or (bundle.task == "binary" and k == 0):     # no map for "nothing found": absence has no place
