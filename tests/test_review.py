@@ -178,7 +178,8 @@ def test_hostile_text_stays_text(tmp_path):
     facts = {**dict.fromkeys(STUDY_FIELDS), "study_uid": kept["study_uid"], "series_uid": kept["series_uid"]}
     evil = Prediction("answered", EVIL, task="detection", findings=(Finding(EVIL, EVIL, slice=0, note=EVIL, lobe=EVIL, side=EVIL),), study=facts, warnings=(EVIL,),
                       model={"name": EVIL, "version": EVIL, "digest": EVIL, "origin": EVIL, "signature": None},
-                      recommendations=({k: EVIL for k in ("guideline", "edition", "rule", "source", "status", "category", "text", "reason")} | {"inputs_used": {EVIL: EVIL}, "inputs_missing": [EVIL]},))
+                      recommendations=({k: EVIL for k in ("guideline", "edition", "rule", "source", "category", "text", "reason")} | {"status": "applies", "finding": None, "note": "for the clinician's decision",
+                                                                                                                            "inputs_used": {EVIL: EVIL}, "inputs_missing": [EVIL]},))
     number = store.add_result(evil)
     store.add_result(Prediction("answered", EVIL, task="multiclass", classes=(EVIL, "b"), label=EVIL, probability={EVIL: 0.6, "b": 0.4}, threshold={EVIL: 0.5}, prediction_set=(EVIL, "b"),
                                 picture=np.zeros((8, 8), "uint8")))

@@ -64,7 +64,7 @@ def test_sentences_of_other_modules_are_known(case):
     study = intake.Study("a", np.zeros((10, 90), "uint8"), {"modality": "CT", "body_part": "HEAD", "view": "AP", "patient_age_years": 60.0, "patient_sex": "M"})
     said = [*predict.check_scope(study, manifest)[0], *predict.check_scope(intake.Study("a", np.tile(np.arange(90, dtype="uint8"), (90, 1)), {"modality": "DX"}), manifest)[1],
             *intake.study_of(case.volume, "a").reasons, *intake.check_range(np.array([0.0, 0.5])), *to_uint8(np.array([[1, 9]], "uint16"))[1], bundle.UNSIGNED, bundle.UNVERIFIED,
-            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(n=12, on="validation")]
+            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(how="temperature", n=12, on="validation")]
     assert len(said) > 12
     for text in said:
         zh, known = words.translated(text, "zh")

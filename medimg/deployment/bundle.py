@@ -8,7 +8,7 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'MAX_FILE_BYTES', 'MAX_TOTAL_BYTES', 'MAX_RAT
            'Bundle', 'calibrate', 'build_bundle', 'bundle_of_run', 'toy_images', 'toy_bundle', 'pack', 'archive_of',
            'inspect', 'verify', 'update_index']
 
-# %% ../../nbs/deployment/01_bundle.ipynb #aa1fb9ee
+# %% ../../nbs/deployment/01_bundle.ipynb #583f587f
 import io
 import os
 import shutil
@@ -23,8 +23,8 @@ import numpy as np
 
 from ..config import RESEARCH_USE, sha256_of, write_atomic
 from . import encryption, trust
-from .manifest import MANIFEST_VERSION, check_manifest, check_schema, decode, encode, model_card, seal
-from .reference import fit_reference, fit_temperature, probabilities, read_reference
+from .manifest import MANIFEST_VERSION, check_manifest, decode, encode, model_card, seal
+from .reference import calibrated, check_calibration, fit_reference, fit_temperature, probabilities, read_reference, with_sets
 from ..errors import BundleError, MedimgError, SignatureError, nearest
 
 REQUIRED = ("manifest.json", "preprocess.json", "model.onnx", "calibration.json", "monitoring_reference.npz", "training_ids.txt",
@@ -326,7 +326,7 @@ def _present(files, names, path):
         if name not in files:
             raise SignatureError("is missing", path=Path(path) / name, remedy="get the bundle again from its author")
 
-# %% ../../nbs/deployment/01_bundle.ipynb #0bf0e4c7
+# %% ../../nbs/deployment/01_bundle.ipynb #ad1e3b67
 class _Packed:
     """Files and facts of a verified bundle."""
 
@@ -355,17 +355,11 @@ class _Packed:
 
     @cached_property
     def calibration(self) -> dict:
-        """Content of `calibration.json`: at least `method` and `temperature`."""
+        """Content of `calibration.json`, as `medimg.deployment.reference.check_calibration` accepts it; sets only where it has the entry `conformal`."""
         value = decode(self._files["calibration.json"], self.path / "calibration.json")
-        check_schema(value, _CALIBRATION, "calibration.json")
-        return value
+        return check_calibration(value, task=self.task, classes=self.classes)
 
-
-_CALIBRATION = {"type": "object", "required": ["method", "temperature", "n", "fitted_on"], "properties": {
-    "method": {"enum": ["temperature", "none"]}, "temperature": {"type": "number", "minimum": 0.001, "maximum": 1000},
-    "n": {"type": "integer", "minimum": 0}, "fitted_on": {"type": "string", "maxLength": 200}}}
-
-# %% ../../nbs/deployment/01_bundle.ipynb #9fec8193
+# %% ../../nbs/deployment/01_bundle.ipynb #d29b68ca
 class Bundle(_Packed):
     """A verified model with all that its answers depend on; implements the Predictor protocol. Made by `Bundle.load`.
 
@@ -423,7 +417,7 @@ class Bundle(_Packed):
         """
         if "answer" in self.manifest:
             raise BundleError(f"{self.name} answers where, not how probable", path=self.path, remedy="use medimg.predict, or medimg.deployment.located")
-        return probabilities(self.run(images)["logits"], task=self.task, temperature=self.calibration["temperature"])
+        return calibrated(self.run(images)["logits"], self.calibration, task=self.task)
 
     def features(self, images) -> np.ndarray:
         """The vector before the last layer, for `images` (n, y, x[, c]).
@@ -482,8 +476,8 @@ def _open_second(bundle):
         raise BundleError(f"takes {engine.input_shape} but the manifest says cubes of {size}", path=bundle.path / "second.onnx")
     return engine
 
-# %% ../../nbs/deployment/01_bundle.ipynb #c31c20ca
-def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: int = 5000) -> dict:
+# %% ../../nbs/deployment/01_bundle.ipynb #72ad6baa
+def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None, coverage: float = 0.9, quantile: float = 0.995, most: int = 5000) -> dict:
     """Everything a bundle takes from data: calibration, threshold, reference and the ids of the training images.
 
     Parameters
@@ -494,6 +488,11 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
         As in training.
     dataset : ImageDataset
         With the splits `train` and `val`; `test` is not touched.
+    calibration : dict, optional
+        One that was fitted to the same validation images; default a temperature. Without an entry `conformal` it gets one, where the task has sets, with one
+        limit for all classes.
+    coverage : float
+        What the sets promise. One below the network's own accuracy leaves sets empty of pictures that it knows quite well.
     quantile : float in 0 … 1
         Share of validation images that count as familiar.
     most : int
@@ -516,20 +515,22 @@ def calibrate(engine, preprocessor, dataset, *, quantile: float = 0.995, most: i
     """
     train, val = dataset.split("train"), dataset.split("val")
     seen, held = (engine.run(preprocessor.batch(images)) for images in (train.images[:most], val.images))
-    fit = fit_temperature(held["logits"], val.labels, task=dataset.task)
+    fit = calibration or fit_temperature(held["logits"], val.labels, task=dataset.task)
+    if "conformal" not in fit and fit["n"] == len(val.labels):
+        fit = with_sets(fit, held["logits"], val.labels, task=dataset.task, coverage=coverage)
     thresholds = {}
     if dataset.task == "binary":
         from medimg.evaluation.metrics import youden_threshold
-        p = probabilities(held["logits"], task="binary", temperature=fit["temperature"])[:, 1]
+        p = calibrated(held["logits"], fit, task="binary")[:, 1]
         thresholds = {dataset.classes[1]: float(youden_threshold(np.asarray(val.labels), p))}
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #9497584c
+# %% ../../nbs/deployment/01_bundle.ipynb #5fc28fbb
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
-def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bool | None = None, **facts) -> Bundle:
+def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, coverage: float = 0.9, sign: bool | None = None, **facts) -> Bundle:
     """Measure, write, sign and verify a bundle; `out` appears as a whole or not at all.
 
     Parameters
@@ -545,6 +546,8 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bo
         `training_ids`.
     batch : array (n, y, x, c) float32, optional
         Preprocessed pictures for the parity check of a Keras model; random ones by default.
+    coverage : float
+        Of the prediction sets that `calibrate` fits.
     sign : bool, optional
         Sign it with this computer's key; default: when there is one (`medimg trust init`).
     **facts
@@ -572,7 +575,8 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, sign: bo
     graph, difference = _graph_of(model, batch)
     engine = Engine(graph)
     if dataset is not None:
-        facts = {**_dataset_facts(dataset), **calibrate(engine, preprocessor, dataset), **facts}
+        found = calibrate(engine, preprocessor, dataset, calibration=facts.pop("calibration", None), coverage=coverage)
+        facts = {**_dataset_facts(dataset), **found, **facts}
     _check_facts(facts)
     files = _pack_files(graph, engine, preprocessor, facts, difference)
     if _can_sign() if sign is None else sign:
@@ -617,7 +621,7 @@ def _check_facts(facts):
     if unknown := sorted(set(facts) - allowed):
         raise BundleError(f"unknown fact {unknown[0]!r}", remedy=nearest(unknown[0], allowed))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #14b788ea
+# %% ../../nbs/deployment/01_bundle.ipynb #bb464138
 def _pack_files(graph, engine, preprocessor, facts, difference):
     outputs = _shapes(engine)
     reference, calibration = facts["reference"], facts["calibration"]
@@ -633,13 +637,24 @@ def _pack_files(graph, engine, preprocessor, facts, difference):
     text = preprocessor.to_json()
     files = {"model.onnx": graph, "preprocess.json": text.encode() if isinstance(text, str) else encode(text), "calibration.json": encode(calibration),
              "training_ids.txt": "".join(f"{i}\n" for i in sorted(set(facts["training_ids"]))).encode(),
-             "MODEL_CARD.md": model_card(manifest, notes=facts.get("notes", "")).encode(),
+             "MODEL_CARD.md": model_card(manifest, notes="\n\n".join(filter(None, (_sets_in_words(calibration, facts), facts.get("notes"))))).encode(),
              "LICENSE-DATA.txt": (facts.get("licence_text") or "{data}\n\n{citation}\n".format(**facts["licence"])).encode()}
     more = {"monitoring_reference.npz": reference and reference.to_bytes(), "model.keras": facts.get("weights"), "second.onnx": facts.get("second")}
     files |= {name: data for name, data in more.items() if data}
     manifest = seal({**manifest, "files": {name: sha256_of(data) for name, data in files.items()}})
     check_manifest(manifest)
+    check_calibration(calibration, task=manifest["task"], classes=manifest["classes"])
     return {**files, "manifest.json": encode(manifest)}
+
+# %% ../../nbs/deployment/01_bundle.ipynb #03b584a6
+def _sets_in_words(calibration, facts):
+    """A paragraph of the card about the prediction sets."""
+    if (sets := calibration.get("conformal")) is None:
+        return ""
+    cases = ", ".join(f"{n} {name}" for n, name in zip(sets["n"], facts["classes"]))
+    how = "within each class" if sets["promise"] == "by class" else "over all patients together, not within each class"
+    return (f"Prediction sets hold the true class in {sets['coverage']:.0%} of patients like those of the {sets['fitted_on']} images ({cases}), {how}. "
+            "With other patients, another camera or another share of the sick the promise is void.")
 
 # %% ../../nbs/deployment/01_bundle.ipynb #24250202
 def _shapes(engine):
@@ -715,7 +730,7 @@ def _calibrated(network, pre, val, run):
     cut = np.log(run.threshold / (1 - run.threshold))
     return fit, {run.classes[1]: float(probabilities(np.array([[cut]]), task="binary", temperature=fit["temperature"])[0, 1])}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #99c56276
+# %% ../../nbs/deployment/01_bundle.ipynb #12c8ced5
 def toy_images(n: int, *, seed: int = 0, side: int = 32) -> tuple:
     """`n` noisy pictures of `side` pixels drawn by `seed`, every second with a bright middle; for examples and tests.
 
@@ -766,8 +781,7 @@ def toy_bundle(out, *, bias: float = -2.0, **facts) -> Bundle:
     pre = Preprocessor([("resize", {"height": 16, "width": 16}), ("scale", {"low": 0, "high": 255})])
     found = Engine(model).run(pre.batch(images))
     known = {k: v for k, v in example_manifest().items() if k in _FACTS}
-    return build_bundle(out, model=model, preprocessor=pre, training_ids=["0" * 16], **{"sign": False, **known, **facts},
-                        calibration=fit_temperature(found["logits"][200:], labels[200:], task="binary"),
+    return build_bundle(out, model=model, preprocessor=pre, training_ids=["0" * 16], **{"sign": False, "calibration": fit_temperature(found["logits"][200:], labels[200:], task="binary"), **known, **facts},
                         reference=fit_reference(found["features"][:200], found["features"][200:]))
 
 # %% ../../nbs/deployment/01_bundle.ipynb #98799365

@@ -303,7 +303,7 @@ def outline_answer(bundle, image) -> dict:
     note = "outlined piece of {:.1%} of the picture"
     return {"mask": mask, "findings": tuple(Finding(bundle.classes[k], "outline", box_yx=box, note=note.format(area / mask.size)) for area, k, box in sorted(found, reverse=True))}
 
-# %% ../../nbs/deployment/03d_located.ipynb #a858bded
+# %% ../../nbs/deployment/03d_located.ipynb #edd7ca16
 def fold_answers(bundle, part, *, progress: bool = False) -> dict:
     """A bundle's answers to the images of a fold, in the form of `medimg.evaluation.answers.read_answers`.
 
@@ -348,9 +348,10 @@ def fold_answers(bundle, part, *, progress: bool = False) -> dict:
             "kinds": np.array([one.kind for _, one in every], str), "diameters_mm": np.array([one.diameter_mm for _, one in every], float)}
 
 
-def _shown(images, progress):
-    if not progress:
-        return images
+def _shown(items, progress):
+    """The items, with a progress bar on stderr when it is wanted and they are many."""
+    if not progress or len(items) < 4:
+        return items
     from rich.console import Console
     from rich.progress import track
-    return track(images, total=len(images), description="answering", console=Console(stderr=True), transient=True)
+    return track(items, total=len(items), description="answering", console=Console(stderr=True), transient=True)

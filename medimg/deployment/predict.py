@@ -6,7 +6,7 @@
 __all__ = ['MAX_ASPECT', 'MIN_CONTRAST', 'COARSEST', 'check_fit', 'check_scope', 'heat_map', 'hottest_region', 'answer',
            'predict', 'exit_code']
 
-# %% ../../nbs/deployment/03_predict.ipynb #13dda301
+# %% ../../nbs/deployment/03_predict.ipynb #18c298ff
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -15,9 +15,9 @@ import numpy as np
 
 from .bundle import Bundle
 from .intake import Study, find_studies
-from .located import marks_answer, outline_answer
+from .located import _shown, marks_answer, outline_answer
 from .prediction import STUDY_FIELDS, Finding, Prediction
-from .reference import probabilities
+from .reference import SET_TASKS, calibrated, in_set
 from ..errors import BundleError, MedimgError
 
 MAX_ASPECT, MIN_CONTRAST, COARSEST = 3.0, 4.0, 2.2
@@ -264,21 +264,40 @@ def _scores(bundle, logits):
     names = bundle.classes[1:] if bundle.task == "binary" else bundle.classes
     return {name: float(z) for name, z in zip(names, logits)}
 
-# %% ../../nbs/deployment/03_predict.ipynb #cfdf21dd
-_NOTE = "probability calibrated by temperature on {n} {on} images; it holds for patients like those, at the same share of disease"
+# %% ../../nbs/deployment/03_predict.ipynb #79fea515
+_NOTE = "probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease"
+_EMPTY = "no class fits as well as in {share} of the {on} images: read it as unknown"
+_MANY = "{names} cannot be told apart where the set shall hold the true class in {share} of patients"
+_BESIDE = "the set leaves out the answer {label}: answer and set are drawn at different borders"
+_PLAIN = "the probability is not calibrated"
+_NO_SETS = {True: "no prediction set: this model has no limits for one", False: "no prediction set: several classes may be true at once"}
 
 
 def _judge(bundle, out, study):
-    p = probabilities(out["logits"], task=bundle.task, temperature=bundle.calibration["temperature"])[0]
+    p = calibrated(out["logits"], bundle.calibration, task=bundle.task)[0]
     cuts, k = bundle.manifest["thresholds"], int(np.argmax(p))
     if bundle.task == "binary":
         k = int(p[1] >= cuts.get(bundle.classes[1], 0.5))
+    kept, unsure = _set_of(bundle, p, bundle.classes[k])
     entropy = float(-(p * np.log2(np.maximum(p, 1e-12))).sum())
-    fit = bundle.calibration
     return {"label": bundle.classes[k], "probability": {c: float(v) for c, v in zip(bundle.classes, p)}, "threshold": dict(cuts) or None,
-            "uncertainty": {"entropy_bits": entropy, "note": _NOTE.format(n=fit["n"], on=fit["fitted_on"])}, **_explain(bundle, out, study, k)}
+            "prediction_set": kept, "uncertainty": {"entropy_bits": entropy, **unsure}, **_explain(bundle, out, study, k)}
 
 
+def _set_of(bundle, p, label):
+    """The classes that cannot be excluded, and the note that goes with them."""
+    fit = bundle.calibration
+    sets, note = fit.get("conformal"), [_PLAIN if fit["method"] == "none" else _NOTE.format(how=fit["method"], n=fit["n"], on=fit["fitted_on"])]
+    if sets is None:
+        return None, {"note": "; ".join([*note, _NO_SETS[bundle.task in SET_TASKS]])}
+    kept, share = tuple(c for c, inside in zip(bundle.classes, in_set(p, sets)) if inside), f"{sets['coverage']:.0%}"
+    if len(kept) != 1:
+        note.append(_MANY.format(names=" and ".join(kept), share=share) if kept else _EMPTY.format(share=share, on=sets["fitted_on"]))
+    elif label not in kept:
+        note.append(_BESIDE.format(label=label))
+    return kept, {"note": "; ".join(note), "level": sets["coverage"]}
+
+# %% ../../nbs/deployment/03_predict.ipynb #5503e0aa
 def _explain(bundle, out, study, k):
     column = 0 if bundle.task == "binary" else k
     if "cam" not in out or (bundle.task == "binary" and k == 0):     # no map for "nothing found": absence has no place
@@ -350,18 +369,10 @@ def exit_code(predictions: Sequence) -> int:
     """
     return 2 if any(p.status == "error" for p in predictions) else 0
 
-# %% ../../nbs/deployment/03_predict.ipynb #62aa1d6f
+# %% ../../nbs/deployment/03_predict.ipynb #9f987dca
 def _try(bundle, name, load):
     try:
         return answer(bundle, load()), None
     except MedimgError as error:
         facts = {"type": type(error).__name__, "what": error.what, "remedy": error.remedy}
         return Prediction("error", name, error=facts, reasons=(error.what,), created=datetime.now(timezone.utc).isoformat(timespec="seconds")), error
-
-
-def _shown(jobs, progress):
-    if not progress or len(jobs) < 4:
-        return jobs
-    from rich.console import Console
-    from rich.progress import track
-    return track(jobs, description="answering", console=Console(stderr=True), transient=True)

@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['PREDICTION_VERSION', 'STUDY_FIELDS', 'Finding', 'Prediction', 'prediction_schema', 'to_dict', 'from_json']
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #4818b060
+# %% ../../nbs/deployment/03a_prediction.ipynb #332ba792
+import json
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.resources import files
 
 import numpy as np
 
@@ -82,7 +85,7 @@ class _InMemory:
     volume: object | None = None
     mask: np.ndarray | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #28bcc7cf
+# %% ../../nbs/deployment/03a_prediction.ipynb #de9c0dd0
 @dataclass(frozen=True)
 class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
@@ -106,9 +109,10 @@ class Prediction(_InMemory):
     threshold : dict, optional
         Probability from which a class is called, chosen on validation images.
     prediction_set : tuple of str, optional
-        Classes that cannot be excluded at a stated level; None until a later chapter fills it.
+        Classes that cannot be excluded at `uncertainty["level"]`, the share of patients in whom the true one is among them; empty when none fits, None without
+        an answer or where the model has no sets.
     findings, recommendations : tuple
-        Of `Finding`; recommendations are empty until a later chapter fills them.
+        Of `Finding`, and of dicts as in `medimg.deployment.guidelines.recommendation_schema`; recommendations are empty until guidelines are asked.
     reasons, warnings : tuple of str
         Why it was refused; what to bear in mind.
     study, model, ood, uncertainty, explanation, error : dict, optional
@@ -177,7 +181,7 @@ def _summary(p):
     found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #e8005fb0
+# %% ../../nbs/deployment/03a_prediction.ipynb #141e2f86
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 _P = {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}}
 _STRS = {"type": "array", "items": {"type": "string"}}
@@ -202,6 +206,17 @@ _STUDY = _row({**dict.fromkeys(STUDY_FIELDS, _STR), "patient_age_years": _NUM, "
 _SOURCE = "file, folder of a series or archive!member, relative to the parent of what the user named"
 
 
+_UNCERTAINTY = _row({"entropy_bits": {"type": "number"}, "note": {"type": "string"}}, null=True)
+_UNCERTAINTY["properties"]["level"] = _NUM          # not required: only where there is a prediction set
+
+
+@cache
+def _advice_schema():
+    """Of one recommendation, without its heading."""
+    page = json.loads((files("medimg.deployment") / "recommendation.schema.json").read_text(encoding="utf-8"))
+    return {word: rule for word, rule in page.items() if word not in ("$schema", "title")}
+
+
 def prediction_schema() -> dict:
     """The JSON Schema (draft 2020-12) of a prediction, version 1.
 
@@ -218,9 +233,9 @@ def prediction_schema() -> dict:
         "schema_version": {"const": PREDICTION_VERSION}, "research_use": {"const": RESEARCH_USE},
         "status": {"enum": ["answered", "refused", "error"]}, "source": {"type": "string", "description": _SOURCE}, "task": _STR, "classes": _list_of("string"),
         "label": _STR, "score": {"type": ["object", "null"], "additionalProperties": {"type": "number"}}, "probability": _P, "threshold": _P,
-        "prediction_set": _list_of("string"), "uncertainty": _row({"entropy_bits": {"type": "number"}, "note": {"type": "string"}}, null=True),
+        "prediction_set": _list_of("string"), "uncertainty": _UNCERTAINTY,
         "ood": _row({"method": _STR, "score": {"type": "number"}, "threshold": {"type": "number"}}, null=True),
-        "findings": {"type": "array", "items": _FINDING}, "recommendations": {"type": "array"}, "reasons": _STRS, "warnings": _STRS, "study": _STUDY,
+        "findings": {"type": "array", "items": _FINDING}, "recommendations": {"type": "array", "items": _advice_schema()}, "reasons": _STRS, "warnings": _STRS, "study": _STUDY,
         "model": _row({"name": {"type": "string"}, "version": {"type": "string"}, "digest": {"type": "string"}, "origin": {"type": "string"},
                        "signature": _STR}, null=True),
         "explanation": _row({"method": {"type": "string"}, "class": {"type": "string"}, "peak_yx": _list_of("integer", 2), "note": {"type": "string"}}, null=True),

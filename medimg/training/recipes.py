@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'plain_recipe', 'recipe']
 
-# %% ../../nbs/training/02b_recipes.ipynb #00bb509b
+# %% ../../nbs/training/02b_recipes.ipynb #b6ee43ac
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, nearest
@@ -32,6 +32,7 @@ class Recipe:
     version: str = "1.0"                 # of the bundle
     input: dict = field(default_factory=dict)            # what kind of image it is for
     population: dict = field(default_factory=dict)       # whom the training images show
+    coverage: float = 0.9                # what the prediction sets of the bundle promise: about the network's accuracy on validation, or sets are often empty
 
     def preprocessor(self, images):
         """The recipe's Preprocessor for images of this kind.
@@ -96,7 +97,7 @@ def recipe(name: str) -> Recipe:
         raise ConfigError(f"nothing called {name!r} to reproduce", remedy=nearest(name, RECIPES))
     return RECIPES[name]
 
-# %% ../../nbs/training/02b_recipes.ipynb #5c61e29b
+# %% ../../nbs/training/02b_recipes.ipynb #62d05249
 _RADIOGRAPH = {"modality": ["CR", "DX", "RG"], "body_part": "CHEST", "units": "display grey", "range": [0, 255], "spacing_mm": None}
 
 RECIPES = {r.name: r for r in (
@@ -111,7 +112,7 @@ RECIPES = {r.name: r for r in (
     Recipe("phantom-cxr", "phantom-cxr",
            (("grayscale", {}), ("center_square", {}), ("resize", {"height": 64, "width": 64}), ("scale", {"low": 0.0, "high": 255.0})),
            TrainConfig(epochs=50, batch_size=32, learning_rate=4e-3, label_smoothing=0.05, weight_decay=0.05, keep="last", monitor="loss",
-                       augment={"shift": 0.06, "rotate_deg": 8.0, "zoom": 0.08, "brightness": 0.1, "contrast": 0.2}), n=3000,
+                       augment={"shift": 0.06, "rotate_deg": 8.0, "zoom": 0.08, "brightness": 0.1, "contrast": 0.2}), n=3000, coverage=0.99,
            model_options={"width": 16, "blocks": [1, 1, 1]},
            input={**_RADIOGRAPH, "view": ["PA"]},
            population={"description": "thorax phantom of this package, radiographs with and without planted opacities; no person", "age_years": [18, 90],
