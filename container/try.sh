@@ -8,8 +8,8 @@
 # The container is made by hand: namespaces with nothing but loopback, read-only root, no capability, uid 10001, as the Containerfile's head asks.
 # Limits of memory, CPUs and processes are not set here (they are cgroups, the engine's work), nor is a seccomp profile.
 set -eu
-cd "$(dirname "$0")/.."
 work=$(realpath "$1") python=$(realpath "$2")
+cd "$(dirname "$0")/.."
 engine="buildah --root $work/store --runroot $work/run --storage-driver vfs"
 
 echo "== base"
@@ -27,7 +27,9 @@ root=$($engine mount "$($engine from --pull-never localhost/medimg)")
 mkdir -p "$root/run/secrets" "$work/volume" "$work/secrets"
 
 echo "== what is in the image: programs that change the user, and files that should not be there"
-find "$root" -xdev -type f \( -perm /6000 -o -name '*.ipynb' -o -name 'test_service*.py' -o -name '*.dcm' -o -name '*_key' -o -path '*/.git/*' -o -path "$root/build/*" \) | grep . && exit 1
+find "$root" -xdev -type f -perm /6000 | grep . && exit 1
+find "$root/opt" "$root/etc/medimg" "$root/data" -type f \( -name '*.ipynb' -o -path '*/tests/*' -o -path '*/test_files/*' -o -name '*_small.dcm' -o -name '*_key' -o -path '*/.git/*' \) | grep . && exit 1
+test ! -e "$root/build"
 find "$root/etc/pip.conf" "$root/etc/xdg/pip" -type f -size +0 2>/dev/null | grep . && exit 1
 
 umask 077
