@@ -33,7 +33,7 @@ help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 4 GB)
+setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 6 GB)
 
 demo: $(DEMO)  ## set up the part without TensorFlow, then screen an invented patient's CT and read a radiograph (offline)
 	@$(VENV)/bin/medimg demo $(DEMO_ARGS)
@@ -132,5 +132,5 @@ $(DEMO): locks/demo.txt $(FACTS) | $(VENV)/pyvenv.cfg
 	@touch $@
 
 $(DEV): locks/dev.txt $(FACTS) | $(VENV)/pyvenv.cfg
-	$(call install,dev,about 4 GB)
+	$(call install,dev,about 6 GB)
 	@touch $(DEMO) $@
