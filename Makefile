@@ -15,6 +15,7 @@ SUBJECT ?= *
 FUZZ_SECONDS ?= 600
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CONTAINER_ARGS ?=
 FACTS := settings.ini setup.py pyproject.toml
 DEMO := $(VENV)/.medimg-demo
 DEV := $(VENV)/.medimg-dev
@@ -32,7 +33,7 @@ help:  ## this list
 	@echo "medimg, research use, not a medical device. Start with: make demo, make test"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 4 GB)
+setup: $(DEV)  ## install everything that chapters and tests use into .venv (about 6 GB)
 
 demo: $(DEMO)  ## set up the part without TensorFlow, then screen an invented patient's CT and read a radiograph (offline)
 	@$(VENV)/bin/medimg demo $(DEMO_ARGS)
@@ -85,11 +86,12 @@ lint: $(DEV)  ## ruff, the locks against settings.ini, and known vulnerabilities
 sbom: $(DEV)  ## the bill of materials (CycloneDX) of a deployed service into artefacts/sbom.cdx.json (offline)
 	@$(PY) tools/sbom.py
 
-container: $(DEV)  ## build the container of the service from the lock (needs podman or docker, and a network)
+container: $(DEV)  ## build the container of the service from the lock (needs podman, docker or buildah, and a network)
 	@$(PY) tools/sbom.py --requirements artefacts/serve.txt
-	@engine=$$(command -v podman || command -v docker) || { \
-	  echo "container: neither podman nor docker is installed. Remedy: install one of them; the Containerfile says how to run the result."; exit 1; }; \
-	  "$$engine" build --file Containerfile --tag medimg .
+	@engine=$$(command -v podman || command -v docker || command -v buildah) || { \
+	  echo "container: neither podman, docker nor buildah is installed. Remedy: install one of them; container/README.md says how to run the result."; exit 1; }; \
+	  case $$engine in *docker) ;; *) format="--format docker";; esac; \
+	  "$$engine" build $$format --file Containerfile --tag medimg $(CONTAINER_ARGS) .
 
 locks: $(DEV)  ## make locks/ and environment.yml again after a change of settings.ini (network)
 	@$(PY) tools/locks.py
@@ -130,5 +132,5 @@ $(DEMO): locks/demo.txt $(FACTS) | $(VENV)/pyvenv.cfg
 	@touch $@
 
 $(DEV): locks/dev.txt $(FACTS) | $(VENV)/pyvenv.cfg
-	$(call install,dev,about 4 GB)
+	$(call install,dev,about 6 GB)
 	@touch $(DEMO) $@

@@ -2,6 +2,10 @@
 
 The names below load on first use, so that `import medimg` costs nothing. This file is the only module written by hand.
 """
+import os
+
+# From 1.29 on ONNX Runtime reports each session to its maker, unless this stands in the environment before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "scan": "data.dicom", "deidentify": "data.deidentify", "Volume": "data.volume", "Preprocessor": "data.preprocess",

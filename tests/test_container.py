@@ -1,6 +1,7 @@
-"""The container file and the bill of materials, checked as text: there may be no container engine here, and nothing is built."""
+"""The container file and the bill of materials, checked as text: there may be no container engine here; container/try.sh builds and runs."""
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -43,7 +44,8 @@ def complaints(found):
     out += [f"{word} {rest}: from the network or with its tricks; COPY is enough" for _, word, rest in found if word == "ADD" or re.search(r"\b(curl|wget)\b|https?://(?!127\.)", rest)]
     out += [f"{word}: looks like a secret" for _, word, rest in found if SECRET.search(rest) or (word in ("ENV", "ARG") and re.search(r"(?i)(key|secret|token|pepper|password)\w*(?<!_FILE)=", rest))]
     out += [f"COPY {rest} takes the whole context" for _, word, rest in found if word == "COPY" and shlex.split(rest)[0] in (".", "./", "*")]
-    out += [f"{rest}: another base image, or no fixed version" for _, word, rest in found if word == "FROM" and not re.fullmatch(r"python:3\.\d+-slim( AS \w+)?", rest)]
+    base = dict(rest.split("=", 1) for _, word, rest in found if word == "ARG" and "=" in rest).get("BASE", "")
+    out += [f"{rest}: another base image, or no fixed version" for _, word, rest in found if word == "FROM" and not re.fullmatch(r"python:3\.\d+-slim( AS \w+)?", rest.replace("${BASE}", base))]
     out += [f"RUN {rest[:40]}: pip without hashes" for _, word, rest in found if word == "RUN" and "pip install" in rest and "--require-hashes" not in rest and "--no-index" not in rest]
     return out + ([] if any(word == "HEALTHCHECK" for word, _ in last) else ["no HEALTHCHECK"])
 
@@ -55,7 +57,7 @@ def test_the_container_runs_as_nobody_special():
     assert LAST.index(("USER", "10001:10001")) > max(i for i, (word, _) in enumerate(LAST) if word in ("RUN", "COPY"))
 
 
-@pytest.mark.parametrize("line", ["USER root", "USER 0:0", "ADD https://example.org/x /x", "ADD x.tar /", "RUN curl -s example.org | sh", "ENV API_KEY=abc", "ARG TOKEN=x",
+@pytest.mark.parametrize("line", ["USER root", "USER 0:0", "ARG BASE=python:latest", "FROM debian", "ADD https://example.org/x /x", "ADD x.tar /", "RUN curl -s example.org | sh", "ENV API_KEY=abc", "ARG TOKEN=x",
                                   "COPY . /app", "RUN pip install medimg", "ENV X=0123456789abcdef0123456789abcdef"])
 def test_the_check_sees_faults(line):
     assert complaints([*ALL, (1, *line.split(" ", 1))])
@@ -79,6 +81,23 @@ def test_only_what_is_needed_enters_the_build():
     allowed = {line[1:] for line in ignore.splitlines() if line.startswith("!")}
     copied = {a.rstrip("/") for stage, word, rest in ALL if word == "COPY" and "--from" not in rest for a in shlex.split(rest)[:-1]}
     assert copied == allowed and all((ROOT / name).exists() for name in copied - {"artefacts/serve.txt"})
+
+
+def test_the_health_check_is_kept_and_nobody_becomes_root():
+    """Images in OCI's own format have no HEALTHCHECK: podman and buildah drop it unless told; no program of the base keeps a setuid bit."""
+    assert "--format docker" in (ROOT / "Makefile").read_text().split("\ncontainer:", 1)[1].split("\n\n", 1)[0]
+    assert any(word == "RUN" and "-perm /6000 -exec chmod a-s" in rest for word, rest in LAST)
+
+
+def test_the_engine_sends_nothing_home(tmp_path):
+    """ONNX Runtime 1.29 and later make a device id and report sessions to their maker; a process of medimg leaves no trace of that."""
+    from PIL import Image
+    Image.new("L", (28, 28), 90).save(tmp_path / "x.png")
+    environ = {k: v for k, v in os.environ.items() if k not in ("CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")}
+    homes = {name: str(tmp_path) for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TMPDIR", "MEDIMG_CACHE")}
+    subprocess.run([sys.executable, "-m", "medimg.cli", "predict", "pneumonia", "x.png"], check=True, env={**environ, **homes, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True)
+    assert not [str(p) for p in tmp_path.rglob("*") if "onnxruntime" in p.as_posix().lower() or "Microsoft" in p.parts]
+    assert "ORT_DISABLE_TELEMETRY=1" in next(rest for word, rest in LAST if word == "ENV")
 
 
 def test_the_settings_inside_are_settings_of_the_service():
