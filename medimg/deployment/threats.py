@@ -85,7 +85,7 @@ _WHAT = _rows(
     ("I", "audit log", "learn of patients from the log", "fields with patterns, studies as keyed hashes", "test_fields_are_allow_listed test_what_is_taken_holds_no_free_text test_studies_are_pseudonyms"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #b93dd515
+# %% ../../nbs/deployment/05g_threats.ipynb #9890a327
 _FILES = _rows(
     "test_bundle.py",
     ("T", "bundles", "change one bit, swap or add a file", "digests and signature checked before anything is parsed", "test_one_flipped_bit test_extra_file_folder_link_and_pipe test_nothing_is_parsed_before_digests"),
@@ -113,7 +113,7 @@ _FILES = _rows(
     ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages test_lint_asks_for_known_holes"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #8d6bc724
+# %% ../../nbs/deployment/05g_threats.ipynb #d34c6734
 _SERVICE = _rows(
     "test_service.py",
     ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),
