@@ -150,3 +150,18 @@ def test_the_container_installs_what_the_bill_lists(bom, tmp_path):
     extra = {name: version for name, version in locks.locked(text).items() if name not in listed}
     assert locks.locked(text) == {**listed, **extra} and set(extra) == {locks.parse(r)[0] for r in locks.build_requires()}
     assert text.count("--hash=sha256:") > len(listed)
+
+
+def test_lint_asks_for_known_holes(tmp_path):
+    """`make lint` asks pip-audit about the locked packages, ends with an error for a hole, and says so when nobody could be asked."""
+    fake = tmp_path / "python"
+    answers = {"Found 1 known vulnerability in 1 package": False, "No known vulnerabilities found": True, "ConnectionError": True}
+    recipe = re.search(r"(?m)^lint:[^\n]*\n((?:\t[^\n]*\n)+)", (ROOT / "Makefile").read_text())[1]
+    line = next(part for part in re.split(r"(?<!\\)\n", recipe) if "pip_audit" in part).strip().lstrip("@").replace("$$", "$").replace("$(PY)", str(fake))
+    assert "locks/dev.txt" in line and "--require-hashes" in line
+    for said, good in answers.items():
+        fake.write_text(f"#!/bin/sh\necho '{said}'\nexit {int('No known' not in said)}\n")
+        fake.chmod(0o755)
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) is good, (said, done.stdout, done.stderr)
+        assert ("NOT audited" in done.stdout) is (said == "ConnectionError")

@@ -187,6 +187,13 @@ def test_no_patient_in_log_metrics_or_audit(service, client):
     client.post("/v1/predict?name=GEHEIM.dcm", content=secret)
     client.post("/v1/predict?name=GEHEIM.dcm", content=secret[:2000])
     client.get("/dicom-web/studies?PatientName=GEHEIM")
+    stow = b"--b\r\nContent-Type: application/dicom\r\n\r\n" + secret + b"\r\n--b--\r\n"
+    kept = client.post("/dicom-web/studies", content=stow, headers={"content-type": 'multipart/related; type="application/dicom"; boundary=b'})
+    assert kept.status_code == 200 and client.get("/dicom-web/studies?PatientName=GEHEIM*").status_code == 200        # it is here, and found
+    client.get("/dicom-web/studies/1.2.777777/metadata")
+    client.post("/v1/jobs?name=GEHEIM.dcm", content=secret)
+    client.get("/v1/GEHEIM")
+    httpx.post(f"{service.base}/review/login", data={"name": "GEHEIM", "secret": "GEHEIM^NAME 777777"})
     audit = Path(service.settings.store, "audit.jsonl").read_text()
     for text in (client.get("/metrics").text, "".join(service.log), audit):
         assert "GEHEIM" not in text and "777777" not in text
@@ -254,6 +261,23 @@ def test_headers_without_end(service):
     for raw in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 50, b"GET /%ZZ%00 HTTP/1.1\r\nhost: x\r\n\r\n"):
         service.knock(raw)
     assert service.alive(PNG)
+
+
+TWO_WAYS = {"two lengths": (b"content-length: 3\r\ncontent-length: 5\r\n", b"abcde"), "length and chunks": (b"content-length: 4\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n"),
+            "chunks and length": (b"transfer-encoding: chunked\r\ncontent-length: 4\r\n", b"0\r\n\r\n"), "unknown coding": (b"transfer-encoding: xchunked\r\n", b"0\r\n\r\n"),
+            "space before the colon": (b"transfer-encoding : chunked\r\n", b"0\r\n\r\n"), "a sign": (b"content-length: +5\r\n", b"abcde"),
+            "a folded line": (b"x-a: b\r\n content-length: 0\r\n", b""), "a chunk beyond 64 bits": (b"transfer-encoding: chunked\r\n", b"f" * 18 + b"\r\nabc\r\n0\r\n\r\n")}
+
+
+@pytest.mark.parametrize("what", TWO_WAYS)
+def test_a_request_is_read_in_one_way_or_not_at_all(service, what):
+    """Each could end at two places; a second request is hidden behind it, which must never be answered."""
+    fields, body = TWO_WAYS[what]
+    hidden = b"GET /metrics HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + service.key.encode() + b"\r\n\r\n"
+    said = service.knock(HEAD % service.key.encode() + fields + b"\r\n" + body + hidden, pause=0.2)
+    assert re.match(rb"HTTP/1.1 4\d\d ", said) and b"medimg_requests" not in said and said.count(b"HTTP/1.1 ") == 1, said[:300]
+    bare = service.knock((b"GET /metrics HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + service.key.encode() + b"\r\n\r\n").replace(b"\r\n", b"\n"))
+    assert b"medimg_requests" not in bare and service.alive(PNG)
 
 
 @pytest.mark.parametrize("path", ["/../../etc/passwd", "/v1/%2e%2e/%2e%2e/etc/passwd", "/dicom-web/studies/..%2f..%2fetc", "/dicom-web/studies/1.2/../../..", "//etc/passwd", "/v1/results/..%2f1"])

@@ -85,7 +85,7 @@ _WHAT = _rows(
     ("I", "audit log", "learn of patients from the log", "fields with patterns, studies as keyed hashes", "test_fields_are_allow_listed test_what_is_taken_holds_no_free_text test_studies_are_pseudonyms"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #b93dd515
+# %% ../../nbs/deployment/05g_threats.ipynb #9890a327
 _FILES = _rows(
     "test_bundle.py",
     ("T", "bundles", "change one bit, swap or add a file", "digests and signature checked before anything is parsed", "test_one_flipped_bit test_extra_file_folder_link_and_pipe test_nothing_is_parsed_before_digests"),
@@ -110,10 +110,10 @@ _FILES = _rows(
 ) + _rows(
     "test_container.py",
     ("E", "container", "break out of the service into the machine", "no root, read-only, no capabilities, no way out of the network", "test_the_container_runs_as_nobody_special test_the_run_line_takes_everything_away"),
-    ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages"),
+    ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages test_lint_asks_for_known_holes"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #8d6bc724
+# %% ../../nbs/deployment/05g_threats.ipynb #d34c6734
 _SERVICE = _rows(
     "test_service.py",
     ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),
@@ -121,6 +121,7 @@ _SERVICE = _rows(
      "test_ten_gigabytes_are_refused_before_they_come test_slow_headers_end_in_time test_slow_bodies_end_in_time test_headers_without_end test_fifty_slow_connections_hinder_nobody"),
     ("D", "service", "more requests than it can answer", "a bounded line: 429 at once", "test_under_overload_only_200_and_429"),
     ("D", "service", "a file that kills its reader", "decoder processes, replaced when they die", "test_killed_decoders_are_replaced test_the_malformed_corpus_gives_no_5xx"),
+    ("T", "service", "one request that two readers end at different places", "two lengths, a length beside chunks, bare line ends: refused, connection closed", "test_a_request_is_read_in_one_way_or_not_at_all"),
     ("T", "service", "a path or file name that leads elsewhere", "names are only names, paths are routes", "test_paths_lead_nowhere test_names_of_senders_are_only_names"),
     ("I", "service", "listen to it from the network by accident", "loopback, until exposure is said and has keys and TLS", "test_it_does_not_open_itself_to_others"),
     ("I", "service", "find patients in its log, metrics or audit", "no text of a file in any of them", "test_no_patient_in_log_metrics_or_audit"),
