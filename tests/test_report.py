@@ -188,7 +188,7 @@ def test_pieces():
     xs, ys = zip(*(map(float, p.split(",")) for p in outlines(square)[0].split()))
     assert (min(xs), max(xs), min(ys), max(ys)) == (5.5, 29.5, 10.5, 19.5)
     c = card(records()[0])
-    assert c["bars"] == [{"name": "yes", "p": 0.8, "cut": 0.4, "cut_at": 40.0, "called": True}] and c["ood_at"] == 12.5 and c["boxes"] == [(1, 2, 30, 20)]
+    assert c["bars"] == [{"name": "yes", "p": 0.8, "shown": "0.80", "cut": 0.4, "cut_at": 40.0, "called": True}] and c["ood_at"] == 12.5 and c["boxes"] == [(1, 2, 30, 20)]
     many = Prediction("answered", "m", label="c7", probability={f"c{i}": (i + 1) / 55 for i in range(10)}, score={})
     assert [b["name"] for b in card(many)["bars"]] == ["c9", "c8", "c7", "c6", "c5"]
 
