@@ -64,7 +64,7 @@ def test_sentences_of_other_modules_are_known(case):
     study = intake.Study("a", np.zeros((10, 90), "uint8"), {"modality": "CT", "body_part": "HEAD", "view": "AP", "patient_age_years": 60.0, "patient_sex": "M"})
     said = [*predict.check_scope(study, manifest)[0], *predict.check_scope(intake.Study("a", np.tile(np.arange(90, dtype="uint8"), (90, 1)), {"modality": "DX"}), manifest)[1],
             *intake.study_of(case.volume, "a").reasons, *intake.check_range(np.array([0.0, 0.5])), *to_uint8(np.array([[1, 9]], "uint16"))[1], bundle.UNSIGNED, bundle.UNVERIFIED,
-            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(n=12, on="validation")]
+            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(how="temperature", n=12, on="validation")]
     assert len(said) > 12
     for text in said:
         zh, known = words.translated(text, "zh")
@@ -137,6 +137,15 @@ def test_words_fit_what_was_said():
     assert "cannot decide between: normal, pneumonia" in " ".join(in_words(film(prediction_set=("normal", "pneumonia"))))
     assert "everything but “pneumonia” is excluded" in " ".join(in_words(film(prediction_set=("pneumonia",))))
     assert "no class fits" in " ".join(in_words(film(prediction_set=())))
+    note = film().uncertainty["note"] + "; the set leaves out the answer normal: answer and set are drawn at different borders; no prediction set: this model has no limits for one"
+    for lang, first, second, left in (("en", "calibrated by temperature on 500", "leaves out the answer normal", "no limits"), ("zh", "概率经温度缩放校准（500 幅验证图像）", "集合不包含结果“正常”", "界限。")):
+        lines = in_words(film(prediction_set=("pneumonia",), uncertainty={"entropy_bits": 0.1, "note": note, "level": 0.9}), lang)
+        assert sum(first in line for line in lines) == 1 and sum(second in line for line in lines) == 1 and not any(left in line and second not in line for line in lines)
+    for kept, en, zh in ((("pneumonia",), "Not excluded at 90 %: pneumonia", "90% 置信水平下不能排除：肺炎"), (("normal", "pneumonia"), "Not excluded at 90 %: normal, pneumonia", "90% 置信水平下不能排除：正常、肺炎"),
+                         ((), "At 90 % no class fits: read it as unknown", "90% 置信水平下没有类别符合：请视为未知")):
+        one = film(prediction_set=kept, uncertainty={"entropy_bits": 0.1, "note": "", "level": 0.9})
+        assert card(one)["set"] == en and zh in render_report([one], lang="zh") and card(film())["set"] == ""
+        assert any("are right" in line for line in in_words(one)) == bool(kept)
     sure = in_words(film(probability={"normal": 0.003, "pneumonia": 0.997}))
     assert "more than 99 are right" in sure[0] and not any(" 0 are wrong" in line or "100 are right" in line for line in sure)
     assert card(film(probability={"normal": 0.003, "pneumonia": 0.997}))["bars"][0]["shown"] == "> 0.99"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['card', 'table', 'in_words', 'advice', 'toy_advice']
 
-# %% ../../nbs/deployment/05l_cards.ipynb #675d0045
+# %% ../../nbs/deployment/05l_cards.ipynb #7bb3ebc3
 import numpy as np
 
 from .key_slices import key_slices, outlines, png64, reduced
@@ -42,7 +42,7 @@ def card(prediction: Prediction, *, truth=None, lang: str = "en") -> dict:
            "score": p.score or {}, "ood": p.ood, "error": p.error, "image": p.picture is not None, "verdict": _verdict(p, lang), "bars": _bars(p, lang), "facts": _facts(p, lang),
            "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""), "p": _chance(p.probability[p.label]) if p.probability and p.label in p.probability else None,
            "ood_at": p.ood and 50 * min(2.0, max(0.0, p.ood["score"] / max(p.ood["threshold"], 1e-9))), "table": table(p, lang), "regions": _regions(p),
-           "keys": [_drawable(k) for k in key_slices(p)], "words": in_words(p, lang), "advice": advice(p, lang)}
+           "keys": [_drawable(k) for k in key_slices(p)], "words": in_words(p, lang), "set": _set_line(p, lang), "advice": advice(p, lang)}
     return {**out, **_films(p, truth, lang)} if out["image"] else out
 
 
@@ -158,7 +158,7 @@ def _growth(growth, lang):
         return [before]
     return [before, say("doubling" if doubling > 0 else "halving", lang, days=_number(abs(doubling), 0))]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #85541960
+# %% ../../nbs/deployment/05l_cards.ipynb #6d339c45
 def in_words(prediction: Prediction, lang: str = "en") -> list:
     """The uncertainty of a prediction in sentences: what its numbers say and what they do not.
 
@@ -186,7 +186,10 @@ def in_words(prediction: Prediction, lang: str = "en") -> list:
         return [say("found", lang, n=len(p.findings)) if p.findings else say("found_none", lang), *_measuring(p, lang), say("not_said", lang)]
     if p.task == "segmentation":
         return [say("outline", lang), *_measuring(p, lang)]
-    return [*_probability(p, lang), *_set(p, lang), *_noted(p, lang), say("not_said", lang)] if p.probability and p.label else []
+    if not (p.probability and p.label):
+        return []
+    empty = p.prediction_set is not None and not p.prediction_set                  # then the frequency of right answers is not for this picture
+    return [*([] if empty else _probability(p, lang)), *_set(p, lang), *_noted(p, lang), say("not_said", lang)]
 
 
 def _probability(p, lang):
@@ -212,10 +215,29 @@ def _set(p, lang):
     return [*lines, *([say("level", lang, percent=f"{100 * level:g}")] if level else [])]
 
 
+_SAID_ALREADY = ("no prediction set", "no class fits", "cannot be told apart")
+
+
 def _noted(p, lang):
-    """The model's own note, where it can be said in the language."""
-    text, known = translated((p.uncertainty or {}).get("note", ""), lang)
-    return [f"{text[:1].upper()}{text[1:]}{'。' if lang == 'zh' else '.'}"] if text and known else []
+    """The sentences of the model's own note, in Chinese those that are known; what `_set` says is not said again."""
+    lines, held = [], []
+    for part in (p.uncertainty or {}).get("note", "").split("; "):
+        held.append(part)
+        text, known = translated("; ".join(held), "zh")
+        if part and known:
+            said = text if lang == "zh" else "; ".join(held)
+            lines += [] if any(words in part for words in _SAID_ALREADY) else [f"{said[:1].upper()}{said[1:]}{'。' if lang == 'zh' else '.'}"]
+            held = []
+    return [*lines, *(f"{rest[:1].upper()}{rest[1:]}." for rest in ["; ".join(held)] if rest and lang == "en")]
+
+
+def _set_line(p, lang):
+    """One line for the head of the card: what could not be excluded."""
+    level = (p.uncertainty or {}).get("level")
+    if p.prediction_set is None or not level:
+        return ""
+    names = say("list", lang).join(term(n, lang) for n in p.prediction_set)
+    return say("set_line" if names else "set_line_none", lang, percent=f"{100 * level:g}", **({"names": names} if names else {}))
 
 # %% ../../nbs/deployment/05l_cards.ipynb #62bfec43
 def _measuring(p, lang):

@@ -58,7 +58,7 @@ WORDS |= {
     "origin": ("Origin", "来源"), "signature": ("Signature", "签名"), "page": ("page {a} of {b}", "第 {a} 页，共 {b} 页"),
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #01ca3a47
+# %% ../../nbs/deployment/05a_words.ipynb #87713cae
 WORDS |= {
     "p_words": ("Of 100 answers like this one on patients like those of the calibration images, about {right} are right and {wrong} are wrong.",
                 "在与校准人群相似的患者中，每 100 个这样的结果约有 {right} 个正确、{wrong} 个错误。"),
@@ -73,6 +73,8 @@ WORDS |= {
     "set_none": ("At the stated level no class fits: the picture is unusual for the model; do not rely on the answer.", "在所声明的置信水平上没有任何类别符合：该图像对模型而言不典型，请勿采用上述结果。"),
     "no_set": ("The model states no prediction set: which other classes remain possible is not known.", "模型未给出预测集合：尚不能排除哪些类别，无从得知。"),
     "level": ("Level of the set: on patients like those of the calibration images, {percent} % of such sets hold the right class.", "置信水平：在与校准人群相似的患者中，这样的集合有 {percent}% 包含正确类别。"),
+    "set_line": ("Not excluded at {percent} %: {names}", "{percent}% 置信水平下不能排除：{names}"),
+    "set_line_none": ("At {percent} % no class fits: read it as unknown", "{percent}% 置信水平下没有类别符合：请视为未知"),
     "not_said": ("These numbers are neither the severity of the disease nor a probability in another population; other diseases were not looked for.",
                  "这些数字既不表示疾病的严重程度，也不是其他人群中的概率；其他疾病未作检查。"),
     "found": ("Marked places: {n}. A score puts them in order; it is not the probability of cancer.", "共标出 {n} 处。评分只用于排序，不是恶性概率。"),
@@ -168,7 +170,7 @@ def column(lang: str) -> int:
         raise ConfigError(f"no texts in {lang!r}", remedy=f"languages: {', '.join(LANGUAGES)}")
     return list(LANGUAGES).index(lang)
 
-# %% ../../nbs/deployment/05a_words.ipynb #09d482ca
+# %% ../../nbs/deployment/05a_words.ipynb #4cbbc798
 #: Names of classes, kinds, places and facts: English -> Chinese; what is not listed stays as it is.
 TERMS = {
     "normal": "正常", "pneumonia": "肺炎", "opacity": "阴影", "clear": "未见阴影", "nodule": "结节", "lung": "肺", "tumour": "肿瘤", "region that moved the score": "影响评分的区域",
@@ -185,7 +187,7 @@ TERMS |= {
     "known cancer": "已知恶性肿瘤", "known malignancy": "已知恶性肿瘤", "immunosuppressed": "免疫抑制", "pregnant": "妊娠", "smoker": "吸烟", "diabetes": "糖尿病", "prior ct": "既往 CT",
     "setting": "检查目的", "diagnostic": "诊断", "malignancy probability": "恶性概率", "juxtapleural": "邻近胸膜", "airway": "气道", "cyst": "囊腔", "baseline": "基线", "stable": "稳定",
     "decreased": "缩小", "growing": "增大", "slowly growing": "缓慢增大", "growing solid component": "实性成分增大", "new": "新发", "yes": "是", "no": "否", "low": "低", "high": "高",
-    "single": "单发", "multiple": "多发", "mean diameter mm": "平均直径（mm）", "lung screening eligible": "符合肺癌筛查条件", "pneumonia follow-up": "肺炎随访",
+    "temperature": "温度缩放", "platt": "Platt 法", "isotonic": "保序回归", "vector": "向量缩放", "single": "单发", "multiple": "多发", "mean diameter mm": "平均直径（mm）", "lung screening eligible": "符合肺癌筛查条件", "pneumonia follow-up": "肺炎随访",
 }
 #: Sentences of other modules: (English pattern, Chinese).
 SENTENCES = (
@@ -200,8 +202,14 @@ SENTENCES = (
     ("values from {a} to {b}: display grey values from 0 to 255 are expected", "取值为 {a} 至 {b}：应为 0 至 255 的显示灰度"),
     ("{n}-bit picture stretched from its darkest to its brightest value", "{n} 位图像，已按最暗至最亮值拉伸"),
     ("unsigned bundle: its files are whole, but who made it is not proven", "模型包未签名：文件完整，但制作者未经证实"), ("bundle loaded without verification", "模型包加载时未核验"),
-    ("probability calibrated by temperature on {n} {on} images; it holds for patients like those, at the same share of disease",
-     "概率经温度校准（{n} 幅图像，{on}）；只适用于与之相似、患病率相同的患者"),
+    ("probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease",
+     "概率经{how}校准（{n} 幅{on}图像）；只适用于与之相似、患病率相同的患者"), ("the probability is not calibrated", "概率未经校准"),
+    ("no class fits as well as in {share} of the {on} images: read it as unknown", "没有任何类别达到 {share} 的{on}图像的符合程度：请视为未知"),
+    ("{names} cannot be told apart where the set shall hold the true class in {share} of patients", "若集合须在 {share} 的患者中包含真实类别，则无法区分 {names}"),
+    ("the set leaves out the answer {label}: answer and set are drawn at different borders", "集合不包含结果“{label}”：结果与集合采用不同的界限"),
+    ("no prediction set: this model has no limits for one", "无预测集合：该模型未设定其界限"), ("no prediction set: several classes may be true at once", "无预测集合：多个类别可能同时成立"),
+    ("the dates of the scans are not known, so neither is the pace of growth", "检查日期未知，无法计算生长速度"),
+    ("this model has no check for unfamiliar images", "该模型不检查图像是否与训练图像相似"),
     ("score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease",
      "评分是该区域占热图证据的份额；它不是概率，该区域也不一定是病变"),
     ("scaled to its own maximum: it says where, not how much", "按自身最大值缩放：只表示位置，不表示程度"),
