@@ -285,6 +285,24 @@ def test_in_a_browser(tmp_path):
         browser.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_axe_finds_nothing_serious(tmp_path, lang):
+    """axe-core, in light and dark: contrast, names, structure of a page with an answer, a refusal and an error."""
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed; remedy: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; remedy: pip install playwright")
+    from test_review import axe_source, serious
+    axe, path = axe_source(tmp_path / "axe"), write_report(tmp_path / "r.html", records(), sections=[volume_section(volume(), lang=lang)], lang=lang)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            page = browser.new_context(color_scheme=scheme, bypass_csp=True).new_page()
+            page.goto(path.as_uri())
+            assert serious(page, axe) == []
+        browser.close()
+
+
 def test_a_gap_is_never_called_good():
     from dataclasses import dataclass
 
