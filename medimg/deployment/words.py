@@ -95,7 +95,7 @@ LIMITS = (
     ("A refusal is no finding: it says nothing about the patient.", "拒绝判读不是影像所见：它不说明患者的任何情况。"),
 )
 
-# %% ../../nbs/deployment/05a_words.ipynb #c58bd295
+# %% ../../nbs/deployment/05a_words.ipynb #9d7b431f
 WORDS |= {
     "modality": ("Modality", "检查类型"), "body_part": ("Body part", "检查部位"), "view": ("View", "投照体位"), "patient_age_years": ("Age", "年龄"),
     "patient_sex": ("Sex", "性别"), "shape": ("Size", "图像大小"), "patient_key": ("Patient key", "患者代码"), "series_uid": ("Series", "序列"),
@@ -142,7 +142,7 @@ def say(key: str, lang: str = "en", **values) -> str:
     Examples
     --------
     >>> say("called_from", "zh", cut="0.41")
-    '自 0.41 起判定'
+    '判定阈值 0.41'
     """
     if key not in WORDS:
         raise ConfigError(f"no text called {key!r}", remedy=nearest(str(key), WORDS))
