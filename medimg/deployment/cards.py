@@ -158,7 +158,7 @@ def _growth(growth, lang):
         return [before]
     return [before, say("doubling" if doubling > 0 else "halving", lang, days=_number(abs(doubling), 0))]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #6d339c45
+# %% ../../nbs/deployment/05l_cards.ipynb #d7c94c15
 def in_words(prediction: Prediction, lang: str = "en") -> list:
     """The uncertainty of a prediction in sentences: what its numbers say and what they do not.
 
@@ -214,7 +214,7 @@ def _set(p, lang):
     level = (p.uncertainty or {}).get("level")
     return [*lines, *([say("level", lang, percent=f"{100 * level:g}")] if level else [])]
 
-
+# %% ../../nbs/deployment/05l_cards.ipynb #b95aac13
 _SAID_ALREADY = ("no prediction set", "no class fits", "cannot be told apart")
 
 

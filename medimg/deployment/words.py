@@ -170,7 +170,7 @@ def column(lang: str) -> int:
         raise ConfigError(f"no texts in {lang!r}", remedy=f"languages: {', '.join(LANGUAGES)}")
     return list(LANGUAGES).index(lang)
 
-# %% ../../nbs/deployment/05a_words.ipynb #4cbbc798
+# %% ../../nbs/deployment/05a_words.ipynb #f15abfa3
 #: Names of classes, kinds, places and facts: English -> Chinese; what is not listed stays as it is.
 TERMS = {
     "normal": "正常", "pneumonia": "肺炎", "opacity": "阴影", "clear": "未见阴影", "nodule": "结节", "lung": "肺", "tumour": "肿瘤", "region that moved the score": "影响评分的区域",
@@ -179,6 +179,8 @@ TERMS = {
     "RUL": "右肺上叶", "RML": "右肺中叶", "RLL": "右肺下叶", "LUL": "左肺上叶", "LLL": "左肺下叶", "modality": "检查类型", "body part": "检查部位", "view": "投照体位", "sex": "性别",
     "age": "年龄", "chest": "胸部", "CHEST": "胸部", "validation images": "验证图像", "validation": "验证", "F": "女", "M": "男",
 }
+
+# %% ../../nbs/deployment/05a_words.ipynb #aea00862
 #: Facts that a guideline asks for, and their values.
 TERMS |= {
     "screening": "筛查", "type": "类型", "status": "与前次比较", "interval days": "间隔天数", "measured": "测量方法", "other findings": "其他病灶", "prior category": "前次分类",
@@ -189,6 +191,8 @@ TERMS |= {
     "decreased": "缩小", "growing": "增大", "slowly growing": "缓慢增大", "growing solid component": "实性成分增大", "new": "新发", "yes": "是", "no": "否", "low": "低", "high": "高",
     "temperature": "温度缩放", "platt": "Platt 法", "isotonic": "保序回归", "vector": "向量缩放", "single": "单发", "multiple": "多发", "mean diameter mm": "平均直径（mm）", "lung screening eligible": "符合肺癌筛查条件", "pneumonia follow-up": "肺炎随访",
 }
+
+# %% ../../nbs/deployment/05a_words.ipynb #2e53ebf9
 #: Sentences of other modules: (English pattern, Chinese).
 SENTENCES = (
     ("{what} {have}; the model was made for {names}", "{what}为 {have}；模型适用于 {names}"),
