@@ -179,6 +179,80 @@ def test_segmentation_task_and_refusal(ct, tmp_path):
     no_faults([path])
 
 
+def advised(case):
+    """A screening answer with what Lung-RADS and the Fleischner Society say to it."""
+    from medimg.deployment.recommend import recommend
+    answer = toy_detection(case)
+    sure = recommend(answer, {"age_years": 62, "screening": True, "prior_ct": True, "prior_category": "3", "facts": {"lungs_covered": True}})
+    return replace(answer, recommendations=tuple(sure), warnings=("a warning of more than sixty-four characters, which no meaning of a code could hold in full",))
+
+
+def children(item, name):
+    """Values of the items of a name below an item, by pydicom alone."""
+    pick = {"TEXT": lambda c: c.TextValue, "UIDREF": lambda c: c.UID, "CODE": lambda c: c.ConceptCodeSequence[0].CodeMeaning, "CONTAINER": lambda c: c}
+    return [pick[c.ValueType](c) for c in item.get("ContentSequence", ()) if c.ConceptNameCodeSequence[0].CodeMeaning == name]
+
+
+def test_recommendations_by_pydicom_and_highdicom(ct, tmp_path):
+    """Each recommendation once, in the section that CID 7001 names, with all that the record holds; the groups of TID 1500 are read as before."""
+    answer = advised(ct[0])
+    paths = write_dicom(answer, ct[1], tmp_path, kinds=("sr", "seg"), stamp=STAMP)
+    no_faults(paths)
+    ds = pydicom.dcmread(paths[0])
+    [section] = children(ds, "Recommendations")
+    name = section.ConceptNameCodeSequence[0]
+    assert (name.CodeValue, name.CodingSchemeDesignator) == ("18783-1", "LN")
+    assert {c.ConceptNameCodeSequence[0].CodeValue for c in section.ContentSequence} == {"121075"} and len(section.ContentSequence) == len(answer.recommendations) == 2
+    by = {children(item, "Guideline and edition")[0]: item for item in section.ContentSequence}
+    for one in answer.recommendations:
+        item = by[f"{one['guideline']}, {one['edition']}"]
+        assert item.TextValue == one["text"] and children(item, "State") == [one["status"]] and children(item, "Rule") == [one["rule"]] and children(item, "Place in guideline") == [one["source"]]
+        assert children(item, "Fact missing") == [n.replace("_", " ") for n in one["inputs_missing"]] and children(item, "Reason") == ([one["reason"]] if one["reason"] else [])
+        assert len(children(item, "Fact used")) == len(one["inputs_used"]) and children(item, "Comment") == ["for the clinician's decision"]
+        assert [m.endswith(f"category {one['category']}") for m in children(item, "Category")] == ([True] if one["category"] else [])
+        groups = hd.sr.srread(paths[0]).content.get_volumetric_roi_measurement_groups()
+        linked = [] if one["finding"] is None else [groups[one["finding"]]]
+        assert children(item, "Tracking Unique Identifier") == [g.tracking_uid for g in linked] and children(item, "Tracking Identifier") == [g.tracking_identifier for g in linked]
+    found = hd.sr.utils.find_content_items(hd.sr.srread(paths[0]), name=hd.sr.CodedConcept("121075", "DCM", "Recommendation"), recursive=True)
+    assert sorted(i.value for i in found) == sorted(r["text"] for r in answer.recommendations) and len(groups) == 3
+    [evaluations] = children(ds, "Qualitative Evaluations")
+    assert children(evaluations, "Warning") == list(answer.warnings) and any("not the probability of cancer" in line for line in children(evaluations, "What the numbers say"))
+    assert [i.CodingSchemeDesignator for i in ds.CodingSchemeIdentificationSequence] == ["99MEDIMG"]
+
+
+def test_recommendations_by_dcmtk(ct, tmp_path):
+    path = write_dicom(advised(ct[0]), ct[1], tmp_path, kinds=("sr",), stamp=STAMP)[0]
+    code, said = run("dsrdump", "+Pl", path)
+    assert code == 0 and all(word in said for word in ("Recommendations", "ACR Lung-RADS, v2022", "has properties CODE", "inferred from TEXT", "for the clinician's decision"))
+    code, said = run("dsr2html", path, tmp_path / "sr.html")
+    page = (tmp_path / "sr.html").read_text(encoding="utf-8")
+    assert code == 0 and "Recommendations" in page and "ACR Lung-RADS, v2022" in page and "which no meaning of a code could hold in full" in page
+
+
+def test_growth_and_shrinkage(ct):
+    names = lambda days: {row[0][2]: row[1] for row in measurements_of(Finding("nodule", "solid", growth={"relation": "matched", "interval_days": 90, "prior_volume_mm3": 100.0,  # noqa: E731
+                                                                                                           "prior_mean_diameter_mm": 5.8, "volume_doubling_days": days}))}
+    assert names(120.0) == {"Volume at prior": 100.0, "Diameter at prior": 5.8, "Days since prior": 90.0, "Volume doubling time": 120.0}
+    assert names(-120.0)["Volume halving time"] == 120.0 and "Volume doubling time" not in names(-120.0)
+    assert not {"Volume doubling time", "Volume halving time"} & set(names(None))
+
+
+def test_private_codes_do_not_collide():
+    """Two meanings never share a value of at most 16 characters, also where they begin alike or are not Latin."""
+    meanings = [f"a category of the guideline, number {k}" for k in range(50)] + ["结节", "肿块", "Volume doubling time", "Volume halving time"]
+    rows = [finding_code(m) for m in meanings]
+    assert len({value for value, _, _ in rows}) == len(meanings) and all(len(value) <= 16 and value.isascii() for value, _, _ in rows)
+
+
+@pytest.mark.parametrize("kept", [("pneumonia",), ("normal", "pneumonia"), ()])
+def test_prediction_set(cxr, tmp_path, kept):
+    answer = replace(cxr[0], prediction_set=kept, uncertainty={"entropy_bits": 0.9, "note": "", "level": 0.9})
+    path = write_dicom(replace(answer), [cxr[1]], tmp_path, kinds=("sr",))[0]
+    no_faults([path])
+    [group] = [g for g in hd.sr.srread(path).content.get_image_measurement_groups() if g.finding_type.meaning == "Prediction set"]
+    assert [e.value.meaning.lower() for e in group.get_qualitative_evaluations()] == (list(kept) or ["none"]) and group.get_measurements()[0].value == 0.9
+
+
 def test_same_stamp_same_bytes(ct, cxr, tmp_path):
     for name, answer, source in (("ct", toy_detection(ct[0]), ct[1]), ("dx", cxr[0], [cxr[1]])):
         one, two, other = (write_dicom(answer, source, tmp_path / name / str(k), stamp=s) for k, s in enumerate((STAMP, STAMP, None)))

@@ -177,7 +177,7 @@ def test_matching_does_not_depend_on_order_or_place(order, shift):
     assert match_nodules(now, before, shift_mm=shift) == list(order)
 
 
-@pytest.mark.parametrize("v0, v1, days, expected", [(100, 200, 90, 90), (100, 800, 90, 30), (100, 100, 90, None), (200, 100, 90, None), (268.1, 536.2, 400, 400)])
+@pytest.mark.parametrize("v0, v1, days, expected", [(100, 200, 90, 90), (100, 800, 90, 30), (100, 100, 90, None), (200, 100, 90, -90), (800, 100, 90, -30), (268.1, 536.2, 400, 400)])
 def test_doubling_time(v0, v1, days, expected):
     assert volume_doubling_days(v0, v1, days) == (None if expected is None else pytest.approx(expected))
 

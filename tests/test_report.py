@@ -147,6 +147,54 @@ def test_pdf(tmp_path, lang):
         assert ("仅供研究使用，非医疗器械" if lang == "zh" else "Research use, not a medical device") in text
 
 
+def whole_pdf(path):
+    """The bytes of a PDF with every Flate stream opened."""
+    import zlib
+    raw = path.read_bytes()
+    opened = [raw]
+    for part in re.finditer(rb"stream\r?\n", raw):
+        try:
+            opened.append(zlib.decompressobj().decompress(raw[part.end():]))
+        except zlib.error:
+            pass
+    return b"\n".join(opened)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_decisive_rules_of_pdfa(tmp_path, lang):
+    """ISO 19005-2: identified in XMP, a colour profile as output intent, nothing that runs, asks or hides, no picture that asks to be smoothed; and tagged, with title and language."""
+    import subprocess
+    pytest.importorskip("weasyprint", reason="weasyprint is not installed; remedy: pip install 'medimg[pdf]'", exc_type=ImportError)
+    if lang == "zh" and not subprocess.run(["fc-list", ":lang=zh-cn"], capture_output=True).stdout:
+        pytest.skip("no Chinese font; remedy: apt-get install fonts-noto-cjk")
+    content = whole_pdf(write_report(tmp_path / "r.pdf", records(), title="T", lang=lang, sections=[volume_section(volume(), lang=lang)]))
+    assert re.search(rb"pdfaid:part[=>]\"?2", content) and re.search(rb"pdfaid:conformance[=>]\"?B", content)
+    assert b"/OutputIntent" in content and b"/GTS_PDFA1" in content and re.search(rb"/DestOutputProfile", content)
+    for forbidden in (b"/Encrypt", b"/JavaScript", b"/JS", b"/Launch", b"/AA", b"/XFA", b"/EmbeddedFile", b"/LZWDecode", b"/PostScript", b"/Movie", b"/Sound"):
+        assert not re.search(re.escape(forbidden) + rb"(?![A-Za-z])", content), forbidden
+    assert b"/Interpolate true" not in content and re.search(rb"/Marked\s+true", content) and re.search(rb"/Lang\s*\((zh-CN|en)", content) and b"/StructTreeRoot" in content
+    assert re.search(rb"/DisplayDocTitle\s+true", content)
+
+
+#: Where PDF/A-1 is stricter than the PDF/A-2 that is written: transparency, CID sets, OpenType fonts, cross-reference streams, filters of metadata.
+RELAXED = ("4.1", "2.2.1", "3.1.11", "3.1.3", "1.4", "1.2.7")
+
+
+def test_apache_preflight_finds_nothing_that_pdfa2_forbids(tmp_path):
+    """The validator of Apache PDFBox knows part 1 of the standard; what it says beside the points that part 2 relaxed would be a fault here too."""
+    import subprocess
+    from pathlib import Path
+    pytest.importorskip("weasyprint", reason="weasyprint is not installed; remedy: pip install 'medimg[pdf]'", exc_type=ImportError)
+    jars = [Path("/usr/share/java") / f"{name}.jar" for name in ("preflight", "pdfbox2", "fontbox2", "xmpbox", "commons-io", "commons-logging", "javax.activation", "jaxb-api")]
+    if not shutil.which("java") or not all(jar.exists() for jar in jars):
+        pytest.skip("Apache Preflight is not installed; remedy: apt-get install default-jre-headless libpdfbox2-java libactivation-java libjaxb-api-java")
+    path = write_report(tmp_path / "r.pdf", records(), title="T", sections=[volume_section(volume())])
+    done = subprocess.run(["java", "-cp", ":".join(map(str, jars)), "org.apache.pdfbox.preflight.Validator_A1b", str(path)], capture_output=True, text=True, timeout=300)
+    assert "PDF/A-1b file" in done.stdout, done.stderr[-500:]
+    said = [line for line in done.stdout.splitlines() if re.match(r"\d+(\.\d+)+ :", line)]
+    assert said and not [line for line in said if not line.startswith(RELAXED)], said
+
+
 def test_pdf_fetches_nothing(tmp_path):
     """A picture from a file or from the network stops the PDF, whatever wrote it into the page."""
     from medimg.deployment.report import pdf_bytes
@@ -188,7 +236,7 @@ def test_pieces():
     xs, ys = zip(*(map(float, p.split(",")) for p in outlines(square)[0].split()))
     assert (min(xs), max(xs), min(ys), max(ys)) == (5.5, 29.5, 10.5, 19.5)
     c = card(records()[0])
-    assert c["bars"] == [{"name": "yes", "p": 0.8, "cut": 0.4, "cut_at": 40.0, "called": True}] and c["ood_at"] == 12.5 and c["boxes"] == [(1, 2, 30, 20)]
+    assert c["bars"] == [{"name": "yes", "p": 0.8, "shown": "0.80", "cut": 0.4, "cut_at": 40.0, "called": True}] and c["ood_at"] == 12.5 and c["boxes"] == [(1, 2, 30, 20)]
     many = Prediction("answered", "m", label="c7", probability={f"c{i}": (i + 1) / 55 for i in range(10)}, score={})
     assert [b["name"] for b in card(many)["bars"]] == ["c9", "c8", "c7", "c6", "c5"]
 
@@ -234,6 +282,24 @@ def test_in_a_browser(tmp_path):
             assert page.locator("article").count() == 3 and page.locator("img").first.evaluate("i => i.naturalWidth") == 30
             page.locator(".toggle").first.uncheck()
             assert page.locator(".marks").first.evaluate("e => getComputedStyle(e).visibility") == "hidden"
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_axe_finds_nothing_serious(tmp_path, lang):
+    """axe-core, in light and dark: contrast, names, structure of a page with an answer, a refusal and an error."""
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed; remedy: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; remedy: pip install playwright")
+    from test_review import axe_source, serious
+    axe, path = axe_source(tmp_path / "axe"), write_report(tmp_path / "r.html", records(), sections=[volume_section(volume(), lang=lang)], lang=lang)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            page = browser.new_context(color_scheme=scheme, bypass_csp=True).new_page()
+            page.goto(path.as_uri())
+            assert serious(page, axe) == []
         browser.close()
 
 

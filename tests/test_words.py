@@ -137,6 +137,19 @@ def test_words_fit_what_was_said():
     assert "cannot decide between: normal, pneumonia" in " ".join(in_words(film(prediction_set=("normal", "pneumonia"))))
     assert "everything but “pneumonia” is excluded" in " ".join(in_words(film(prediction_set=("pneumonia",))))
     assert "no class fits" in " ".join(in_words(film(prediction_set=())))
+    note = film().uncertainty["note"] + "; the set leaves out the answer normal: answer and set are drawn at different borders; no prediction set: this model has no limits for one"
+    for lang, first, second, left in (("en", "calibrated by temperature on 500", "leaves out the answer normal", "no limits"), ("zh", "概率经温度缩放校准（500 幅验证图像）", "集合不包含结果“正常”", "界限。")):
+        lines = in_words(film(prediction_set=("pneumonia",), uncertainty={"entropy_bits": 0.1, "note": note, "level": 0.9}), lang)
+        assert sum(first in line for line in lines) == 1 and sum(second in line for line in lines) == 1 and not any(left in line and second not in line for line in lines)
+    for kept, en, zh in ((("pneumonia",), "Not excluded at 90 %: pneumonia", "90% 置信水平下不能排除：肺炎"), (("normal", "pneumonia"), "Not excluded at 90 %: normal, pneumonia", "90% 置信水平下不能排除：正常、肺炎"),
+                         ((), "At 90 % no class fits: read it as unknown", "90% 置信水平下没有类别符合：请视为未知")):
+        one = film(prediction_set=kept, uncertainty={"entropy_bits": 0.1, "note": "", "level": 0.9})
+        assert card(one)["set"] == en and zh in render_report([one], lang="zh") and card(film())["set"] == ""
+        assert any("are right" in line for line in in_words(one)) == bool(kept)
+    sure = in_words(film(probability={"normal": 0.003, "pneumonia": 0.997}))
+    assert "more than 99 are right" in sure[0] and not any(" 0 are wrong" in line or "100 are right" in line for line in sure)
+    assert card(film(probability={"normal": 0.003, "pneumonia": 0.997}))["bars"][0]["shown"] == "> 0.99"
+    assert "90 % of such sets" in " ".join(in_words(film(prediction_set=("pneumonia",), uncertainty={"entropy_bits": 0.1, "note": "", "level": 0.9})))
     assert in_words(film(status="refused")) == [words.say("refusal")]
     empty = in_words(Prediction("answered", "ct", task="detection"))
     assert "not a statement of health" in empty[0] and not any("Marked" in line for line in empty)
@@ -144,10 +157,10 @@ def test_words_fit_what_was_said():
 
 def test_table_rows():
     finding = Finding("nodule", "part-solid", score=0.912, slice=0, centroid_mm=(1.4, -2.6, 3.0), long_axis_mm=12.34, short_axis_mm=9.0, mean_diameter_mm=10.67, volume_mm3=1234.5, side="right", lobe="RML",
-                      solid_diameter_mm=4.0, growth={"relation": "matched", "prior_study_uid": "1", "interval_days": 90, "prior_volume_mm3": 1000.0, "prior_mean_diameter_mm": 9.9, "volume_doubling_days": -5})
+                      solid_diameter_mm=4.0, growth={"relation": "matched", "prior_study_uid": "1", "interval_days": 90, "prior_volume_mm3": 1000.0, "prior_mean_diameter_mm": 9.9, "volume_doubling_days": -95.2})
     row = table(Prediction("answered", "ct", findings=(finding,)))[0]
     assert (row["slice"], row["size"], row["mean"], row["solid"], row["score"], row["place"]) == ("1", "12.3 × 9.0", "mean 10.7", "solid part 4.0", "0.91", "right, RML")
-    assert row["volume"] in ("1\u202f234", "1 234", "1\u00a0234", "1 235") and row["growth"] == ["90 days ago: 9.9 mm, 1 000 mm³", "shrinking"] and row["at"] == "X 1, Y -3, Z 3 mm"
+    assert row["volume"] == "1\u202f234" and row["growth"] == ["90 days ago: 9.9 mm, 1\u202f000 mm³", "volume halves in 95 days"] and row["at"] == "X 1, Y \u22123, Z 3 mm"
     for growth, line in ((None, "no prior"), ({"relation": "new"}, "new since the prior study")):
         assert table(Prediction("answered", "ct", findings=(replace(finding, growth=growth),)))[0]["growth"] == [line]
     assert table(film()) == []
@@ -156,7 +169,12 @@ def test_table_rows():
 def test_advice_keeps_the_guideline(case):
     rows = {lang: advice(replace(film(), recommendations=toy_advice()), lang) for lang in words.LANGUAGES}
     assert [r["text"] for r in rows["en"]] == [r["text"] for r in rows["zh"]] == [r["text"] for r in toy_advice()]
-    assert rows["zh"][0]["state"] == "适用" and rows["zh"][1]["missing"] == "smoking history" and rows["en"][0]["finding"] == "Finding 1"
+    assert rows["zh"][0]["state"] == "适用" and rows["zh"][1]["missing"] == ["smoking history"] and rows["en"][0]["finding"] == "Finding 1"
+    assert rows["en"][0]["used"] == [("type", "solid"), ("mean diameter mm", "12")] and rows["zh"][0]["used"][0] == ("type", "实性")
+    others = ({"finding": 1, "rule": "R", "status": "applies", "category": "2"}, {"finding": 2, "rule": "R", "status": "not assessable", "category": None})
+    late = ({**toy_advice()[1], "status": "not applicable"}, {**toy_advice()[0], "inputs_used": {"screening": True, "other_findings": list(others)}})
+    first, last = advice(replace(film(), recommendations=late))
+    assert (first["state"], last["state"]) == ("applies", "not applicable") and first["used"] == [("screening", "yes"), ("other findings", "Finding 2: 2; Finding 3: not assessable")]
 
 
 def test_key_slices_show_the_voxels(case):

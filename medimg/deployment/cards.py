@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['card', 'table', 'in_words', 'advice', 'toy_advice']
 
-# %% ../../nbs/deployment/05l_cards.ipynb #c294b191
+# %% ../../nbs/deployment/05l_cards.ipynb #7bb3ebc3
 import numpy as np
 
 from .key_slices import key_slices, outlines, png64, reduced
@@ -40,9 +40,9 @@ def card(prediction: Prediction, *, truth=None, lang: str = "en") -> dict:
     p = prediction
     out = {"source": p.source, "status": p.status, "state": say(_STATES[p.status], lang), "reasons": p.reasons, "warnings": p.warnings, "model": p.model,
            "score": p.score or {}, "ood": p.ood, "error": p.error, "image": p.picture is not None, "verdict": _verdict(p, lang), "bars": _bars(p, lang), "facts": _facts(p, lang),
-           "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""), "p": (p.probability or {}).get(p.label),
+           "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""), "p": _chance(p.probability[p.label]) if p.probability and p.label in p.probability else None,
            "ood_at": p.ood and 50 * min(2.0, max(0.0, p.ood["score"] / max(p.ood["threshold"], 1e-9))), "table": table(p, lang), "regions": _regions(p),
-           "keys": [_drawable(k) for k in key_slices(p)], "words": in_words(p, lang), "advice": advice(p, lang)}
+           "keys": [_drawable(k) for k in key_slices(p)], "words": in_words(p, lang), "set": _set_line(p, lang), "advice": advice(p, lang)}
     return {**out, **_films(p, truth, lang)} if out["image"] else out
 
 
@@ -54,11 +54,16 @@ def _verdict(p, lang):
     return term(p.label, lang) if p.label else "–"
 
 
+def _chance(p):
+    """A probability to two digits; never a 0 or a 1, which would be a promise."""
+    return "> 0.99" if p > 0.995 else "< 0.01" if p < 0.005 else f"{p:.2f}"
+
+
 def _bars(p, lang):
     cuts = p.threshold or {}
     names = list(p.probability or {})
     names = [n for n in names if n in cuts] or sorted(names, key=lambda n: -p.probability[n])[:5]
-    return [{"name": term(n, lang), "p": p.probability[n], "cut": cuts.get(n), "cut_at": min(max(100 * cuts.get(n, 0), 16), 84), "called": n == p.label} for n in names]
+    return [{"name": term(n, lang), "p": p.probability[n], "shown": _chance(p.probability[n]), "cut": cuts.get(n), "cut_at": min(max(100 * cuts.get(n, 0), 16), 84), "called": n == p.label} for n in names]
 
 # %% ../../nbs/deployment/05l_cards.ipynb #9b8911a0
 def _facts(p, lang):
@@ -102,7 +107,7 @@ def _drawable(key):
     """A key slice with its pictures as text."""
     return {**key, "whole": png64(reduced(key["whole"])), "crops": [{**crop, "image": png64(crop["image"])} for crop in key["crops"]]}
 
-# %% ../../nbs/deployment/05l_cards.ipynb #2e93c118
+# %% ../../nbs/deployment/05l_cards.ipynb #78ad4d3c
 def table(prediction: Prediction, lang: str = "en") -> list:
     """The measured findings as rows of short texts.
 
@@ -127,7 +132,8 @@ def table(prediction: Prediction, lang: str = "en") -> list:
 
 
 def _number(value, digits=1):
-    return "–" if value is None else f"{value:,.{digits}f}".replace(",", " ")
+    """With a thin space between thousands, a true minus sign, and no break inside."""
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
 
 
 def _row(k, f, lang):
@@ -150,9 +156,9 @@ def _growth(growth, lang):
     before = say("matched", lang, days=_number(days, 0), mean=_number(growth.get("prior_mean_diameter_mm")), volume=_number(growth.get("prior_volume_mm3"), 0))
     if doubling is None:
         return [before]
-    return [before, say("doubling", lang, days=_number(doubling, 0)) if doubling > 0 else say("halving", lang)]
+    return [before, say("doubling" if doubling > 0 else "halving", lang, days=_number(abs(doubling), 0))]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #46b3ba67
+# %% ../../nbs/deployment/05l_cards.ipynb #d7c94c15
 def in_words(prediction: Prediction, lang: str = "en") -> list:
     """The uncertainty of a prediction in sentences: what its numbers say and what they do not.
 
@@ -180,14 +186,17 @@ def in_words(prediction: Prediction, lang: str = "en") -> list:
         return [say("found", lang, n=len(p.findings)) if p.findings else say("found_none", lang), *_measuring(p, lang), say("not_said", lang)]
     if p.task == "segmentation":
         return [say("outline", lang), *_measuring(p, lang)]
-    return [*_probability(p, lang), *_set(p, lang), *_noted(p, lang), say("not_said", lang)] if p.probability and p.label else []
+    if not (p.probability and p.label):
+        return []
+    empty = p.prediction_set is not None and not p.prediction_set                  # then the frequency of right answers is not for this picture
+    return [*([] if empty else _probability(p, lang)), *_set(p, lang), *_noted(p, lang), say("not_said", lang)]
 
 
 def _probability(p, lang):
     right, cut = round(100 * p.probability[p.label]), (p.threshold or {}).get(p.label)
     cuts = p.threshold or {}
     named = p.label if cut is not None else next(iter(cuts), None)
-    lines = [say("p_words", lang, right=right, wrong=100 - right)]
+    lines = [say("p_words", lang, right=right, wrong=100 - right) if right < 100 else say("p_sure", lang)]
     if named is not None and named in p.probability:
         near = abs(p.probability[named] - cuts[named]) < 0.1
         lines += [say("near_cut", lang, cut=f"{cuts[named]:.2f}")] if near else [say("cut_words", lang, name=term(named, lang), cut=f"{cuts[named]:.2f}")]
@@ -205,11 +214,30 @@ def _set(p, lang):
     level = (p.uncertainty or {}).get("level")
     return [*lines, *([say("level", lang, percent=f"{100 * level:g}")] if level else [])]
 
+# %% ../../nbs/deployment/05l_cards.ipynb #b95aac13
+_SAID_ALREADY = ("no prediction set", "no class fits", "cannot be told apart")
+
 
 def _noted(p, lang):
-    """The model's own note, where it can be said in the language."""
-    text, known = translated((p.uncertainty or {}).get("note", ""), lang)
-    return [f"{text[:1].upper()}{text[1:]}{'。' if lang == 'zh' else '.'}"] if text and known else []
+    """The sentences of the model's own note, in Chinese those that are known; what `_set` says is not said again."""
+    lines, held = [], []
+    for part in (p.uncertainty or {}).get("note", "").split("; "):
+        held.append(part)
+        text, known = translated("; ".join(held), "zh")
+        if part and known:
+            said = text if lang == "zh" else "; ".join(held)
+            lines += [] if any(words in part for words in _SAID_ALREADY) else [f"{said[:1].upper()}{said[1:]}{'。' if lang == 'zh' else '.'}"]
+            held = []
+    return [*lines, *(f"{rest[:1].upper()}{rest[1:]}." for rest in ["; ".join(held)] if rest and lang == "en")]
+
+
+def _set_line(p, lang):
+    """One line for the head of the card: what could not be excluded."""
+    level = (p.uncertainty or {}).get("level")
+    if p.prediction_set is None or not level:
+        return ""
+    names = say("list", lang).join(term(n, lang) for n in p.prediction_set)
+    return say("set_line" if names else "set_line_none", lang, percent=f"{100 * level:g}", **({"names": names} if names else {}))
 
 # %% ../../nbs/deployment/05l_cards.ipynb #62bfec43
 def _measuring(p, lang):
@@ -217,7 +245,7 @@ def _measuring(p, lang):
         return []
     return [say("voxel", lang, **{k: f"{s:.2g}" for k, s in zip("zyx", p.volume.spacing_mm)})]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #f3b81374
+# %% ../../nbs/deployment/05l_cards.ipynb #ae10a95c
 def advice(prediction: Prediction, lang: str = "en") -> list:
     """The recommendations of a prediction for the page: guideline texts as they are, everything around them in the language.
 
@@ -229,24 +257,44 @@ def advice(prediction: Prediction, lang: str = "en") -> list:
     Returns
     -------
     list of dict
-        `title`, `rule`, `source`, `state`, `kind` (for colours), `category`, `text`, `finding`, `used` and `missing` (texts), `reason`, `note`.
+        `title`, `rule`, `source`, `state`, `kind` (for colours), `category`, `number` (of the finding, from 0), `text`, `finding`, `used` ((name, text) pairs), `missing` (names), `reason`, `note`; what applies comes first.
 
     Examples
     --------
     >>> advice(Prediction("answered", "a"))
     []
     """
-    return [_advised(r, lang) for r in prediction.recommendations]
+    order = ("applies", "not assessable")
+    rows = sorted(prediction.recommendations, key=lambda r: order.index(r.get("status")) if r.get("status") in order else 2)
+    return [_advised(r, lang) for r in rows]
 
 
 def _advised(r, lang):
-    used = say("list", lang).join(f"{name}: {value}" for name, value in (r.get("inputs_used") or {}).items())
+    used = [(_name(name), _said(value, lang)) for name, value in (r.get("inputs_used") or {}).items()]
     where = say("finding_n", lang, n=r["finding"] + 1) if r.get("finding") is not None else ""
     note = say("for_clinician", lang) if r.get("note") in (None, say("for_clinician")) else r["note"]
     status = r.get("status", "")
     return {"title": f"{r.get('guideline', '')}, {r.get('edition', '')}".strip(", "), "rule": say("rule", lang, rule=r.get("rule", "–")), "source": r.get("source") or "–",
-            "state": say(status, lang) if status in ("applies", "not applicable", "not assessable") else status, "kind": status.replace(" ", "-"), "category": r.get("category"),
-            "text": r.get("text", ""), "finding": where, "used": used, "missing": say("list", lang).join(r.get("inputs_missing") or ()), "reason": r.get("reason"), "note": note}
+            "state": _state(status, lang), "kind": status.replace(" ", "-"), "category": r.get("category"), "number": r.get("finding"),
+            "text": r.get("text", ""), "finding": where, "used": used, "missing": [_name(name) for name in r.get("inputs_missing") or ()], "reason": r.get("reason"), "note": note}
+
+# %% ../../nbs/deployment/05l_cards.ipynb #0a6a56cc
+def _name(fact):
+    """A fact's name as words: prior_category -> prior category."""
+    return str(fact).replace("_", " ")
+
+
+def _said(value, lang):
+    """A fact in words; what other findings would have led to is shortened to their category or state."""
+    if isinstance(value, bool):
+        return term("yes" if value else "no", lang)
+    if isinstance(value, (list, tuple)) and all(isinstance(one, dict) for one in value):
+        return "; ".join(f"{say('finding_n', lang, n=one['finding'] + 1)}: {one.get('category') or _state(one.get('status'), lang)}" for one in value)
+    return term(value, lang) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _state(status, lang):
+    return say(status, lang) if status in ("applies", "not applicable", "not assessable") else str(status)
 
 # %% ../../nbs/deployment/05l_cards.ipynb #3d65bb64
 def toy_advice() -> tuple:

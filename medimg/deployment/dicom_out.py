@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['FINDING_CODES', 'KINDS', 'finding_code', 'measurements_of', 'structured_report', 'possible_kinds', 'write_dicom']
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #2d066f39
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #d628d0f2
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from ..config import RESEARCH_USE, atomic_path
 from ..data.segmentations import SEGMENT_CODES, _highdicom
+from .cards import advice, in_words
 from .dicom_pictures import _OURS, Stamp, _built, _short, capture, heat_map_object, maker, read_sources, segmentation, segments_of, settle
 from .words import plain
 from ..errors import ConfigError
@@ -47,10 +49,12 @@ def finding_code(label: str) -> tuple:
 
 def _private(meaning):
     meaning = _short(meaning)
-    value = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in meaning.lower()).split())
-    return (value[:16].strip("-") or "other"), _OURS, meaning
+    value = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in meaning.lower()).split()) or "other"
+    if len(value) > 16 or not meaning.isascii():                    # a code value has 16 characters at most: two meanings must not share one
+        value = f"{value[:9].strip('-')}-{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
+    return value, _OURS, meaning
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #ecfd619c
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #c109d882
 def _kit():
     """highdicom's structured report and pydicom's code dictionary."""
     hd = _highdicom()
@@ -77,12 +81,15 @@ def measurements_of(finding) -> list:
     """
     mm, mean = ("mm", "UCUM", "mm"), ("373098007", "SCT", "Mean")
     growth = finding.growth or {}
+    days = growth.get("volume_doubling_days") or 0
+    pace = (_private("Volume doubling time" if days > 0 else "Volume halving time"), abs(days) or None, ("d", "UCUM", "day"), None)
     rows = [(("103339001", "SCT", "Long axis"), finding.long_axis_mm, mm, None), (("103340004", "SCT", "Short axis"), finding.short_axis_mm, mm, None),
             (("81827009", "SCT", "Diameter"), finding.mean_diameter_mm, mm, mean), (_private("Diameter of solid part"), finding.solid_diameter_mm, mm, mean),
             (("118565006", "SCT", "Volume"), finding.volume_mm3, ("mm3", "UCUM", "cubic millimeter"), None),
             (("111012", "DCM", "Certainty of Finding"), None if finding.score is None else round(100 * finding.score, 6), ("%", "UCUM", "Percent"), None),
-            (_private("Volume doubling time"), growth.get("volume_doubling_days"), ("d", "UCUM", "day"), None),
-            (_private("Days since prior"), growth.get("interval_days"), ("d", "UCUM", "day"), None)]
+            (_private("Volume at prior"), growth.get("prior_volume_mm3"), ("mm3", "UCUM", "cubic millimeter"), None),
+            (_private("Diameter at prior"), growth.get("prior_mean_diameter_mm"), mm, mean),
+            (_private("Days since prior"), growth.get("interval_days"), ("d", "UCUM", "day"), None), pace]
     return [(name, float(value), unit, how) for name, value, unit, how in rows if value is not None]
 
 
@@ -104,7 +111,7 @@ def _qualities(finding):
     rows = [("Kind of finding", finding.type), ("Comparison with prior", (finding.growth or {}).get("relation"))]
     return [hd.sr.QualitativeEvaluation(code(_private(name)), code(_private(plain(value)))) for name, value in rows if value]
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #64fc62bd
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #86276a35
 def _ring(finding, headers):
     """A circle of the mean diameter around the centroid in the plane of the slices, (n, 3) mm."""
     right, down = np.array(headers[0].ImageOrientationPatient, float).reshape(2, 3)
@@ -114,11 +121,16 @@ def _ring(finding, headers):
     return points
 
 
+def _tracked(finding, k):
+    """The name under which finding k is followed through the archive."""
+    return _short(f"{_short(finding.label)[:56]} {k}")
+
+
 def _finding_group(finding, k, headers, shared, seg, number):
     """One finding as a measurement group with its place."""
     hd, _, code = _kit()
     sr = hd.sr
-    facts = {"tracking_identifier": sr.TrackingIdentifier(uid=shared["stamp"].uid("finding", k), identifier=_short(f"{_short(finding.label)[:56]} {k}")), "finding_type": code(finding_code(finding.label)),
+    facts = {"tracking_identifier": sr.TrackingIdentifier(uid=shared["stamp"].uid("finding", k), identifier=_tracked(finding, k)), "finding_type": code(finding_code(finding.label)),
              "algorithm_id": shared["algorithm"], "finding_sites": _sites(finding), "measurements": _measured(finding) or None, "qualitative_evaluations": _qualities(finding)}
     if seg is not None and number is not None and len(headers) > 1:
         whole = sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, number, source_series=sr.SourceSeriesForSegmentation(headers[0].SeriesInstanceUID))
@@ -163,7 +175,7 @@ def _outline_group(number, name, label, prediction, headers, shared, seg):
     whole = sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, number, source_series=sr.SourceSeriesForSegmentation(headers[0].SeriesInstanceUID))
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=whole, **facts)
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #1599bf70
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #18bc60d2
 def _refusal_group(prediction, headers, shared):
     hd, _, code = _kit()
     reasons = [hd.sr.QualitativeEvaluation(code(_private("Reason")), code(_private(plain(r)))) for r in prediction.reasons[:5]]
@@ -178,6 +190,17 @@ def _empty_group(headers, shared):
                                                        finding_type=code(_private("Nothing marked by model")), algorithm_id=shared["algorithm"], source_images=_images(headers))
 
 
+def _set_group(prediction, headers, shared):
+    """The classes that could not be excluded, each as a code, with the level at which that was said."""
+    hd, codes, code = _kit()
+    p, level = prediction, (prediction.uncertainty or {}).get("level")
+    names = [finding_code(name) for name in p.prediction_set] or [("260413007", "SCT", "None")]
+    return hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(uid=shared["stamp"].uid("set"), identifier="prediction set"), finding_type=code(_private("Prediction set")), algorithm_id=shared["algorithm"],
+        measurements=[hd.sr.Measurement(code(_private("Level of prediction set")), float(level), codes.UCUM.NoUnits)] if level else None,
+        qualitative_evaluations=[hd.sr.QualitativeEvaluation(code(_private("Not excluded")), code(name)) for name in names], source_images=_images(headers))
+
+
 def _groups(prediction, headers, shared, seg):
     p = prediction
     if p.status == "refused":
@@ -188,9 +211,66 @@ def _groups(prediction, headers, shared, seg):
     if p.task == "detection" and not p.findings:
         return [_empty_group(headers, shared)]
     found = [_finding_group(f, k, headers, shared, seg, numbers.get(k, (None,))[0] if p.task == "detection" else None) for k, f in enumerate(p.findings, 1)]
-    return [_class_group(name, chance, p, headers, shared) for name, chance in list((p.probability or {}).items())[:50]] + found
+    kept = [_set_group(p, headers, shared)] if p.prediction_set is not None else []
+    return [_class_group(name, chance, p, headers, shared) for name, chance in list((p.probability or {}).items())[:50]] + kept + found
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #953b5075
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #96824416
+_PROPERTIES, _CONTAINS, _INFERRED = "HAS PROPERTIES", "CONTAINS", "INFERRED FROM"
+
+
+def _text(name, value, relation=_CONTAINS, children=()):
+    hd, _, code = _kit()
+    item = hd.sr.TextContentItem(code(name), plain(str(value)).strip() or "-", relation)
+    if children:
+        item.ContentSequence = hd.sr.ContentSequence(children)
+    return item
+
+
+def _container(name, children):
+    hd, _, code = _kit()
+    item = hd.sr.ContainerContentItem(code(name), relationship_type=_CONTAINS)
+    item.ContentSequence = hd.sr.ContentSequence(children)
+    return item
+
+
+def _sentences(prediction):
+    """Container of TID 1500, row 12: reasons, warnings and what the numbers say."""
+    p = prediction
+    rows = [*(("Reason", r) for r in p.reasons), *(("Warning", w) for w in p.warnings), *(("What the numbers say", line) for line in in_words(p))]
+    return [_container(("C0034375", "UMLS", "Qualitative Evaluations"), [_text(_private(name), text) for name, text in rows])] if rows else []
+
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #9c4b7cbf
+_SECTION, _RECOMMENDATION = ("18783-1", "LN", "Recommendations"), ("121075", "DCM", "Recommendation")
+
+
+def _recommended(r, prediction, stamp):
+    """One recommendation: the guideline's text, and below it on what it rests."""
+    hd, _, code = _kit()
+    facts = [("State", r["state"]), ("Category", r["category"] and f"{r['title']}: category {r['category']}")]
+    below = [hd.sr.CodeContentItem(code(_private(name)), code(_private(value)), _PROPERTIES) for name, value in facts if value]
+    rows = [("Guideline and edition", r["title"]), ("Rule", r["rule"].removeprefix("rule ")), ("Place in guideline", r["source"]), ("Reason", r["reason"]), *(("Fact missing", name) for name in r["missing"])]
+    below += [_text(_private(name), value, _PROPERTIES) for name, value in rows if value]
+    if r["number"] is not None and r["number"] < len(prediction.findings):
+        k = r["number"] + 1
+        below += [_text(("112039", "DCM", "Tracking Identifier"), _tracked(prediction.findings[k - 1], k), _PROPERTIES),
+                  hd.sr.UIDRefContentItem(code(("112040", "DCM", "Tracking Unique Identifier")), stamp.uid("finding", k), _PROPERTIES)]
+    below += [_text(_private("Fact used"), f"{name}: {value}", _INFERRED) for name, value in r["used"]]
+    return _text(_RECOMMENDATION, r["text"], children=[*below, _text(("121106", "DCM", "Comment"), r["note"], _PROPERTIES)])
+
+
+def _recommendations(prediction, stamp):
+    items = [_recommended(row, prediction, stamp) for row in advice(prediction)]
+    return [_container(_SECTION, items)] if items else []
+
+
+def _scheme():
+    """Who is responsible for the private codes (PS3.3 C.12.1.1, Coding Scheme Identification)."""
+    from pydicom.dataset import Dataset
+    item = Dataset()
+    item.CodingSchemeDesignator, item.CodingSchemeName, item.CodingSchemeResponsibleOrganization = _OURS, "Codes of medimg where no public scheme was found", "medimg"
+    return [item]
+
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #b42d7c5b
 def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     """A prediction as a DICOM structured report: Comprehensive 3D SR with the template TID 1500.
 
@@ -237,9 +317,10 @@ def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     report = sr.MeasurementReport(
         observation_context=observed, procedure_reported=code(_PROCEDURES.get(str(headers[0].get("Modality"))) or ("363679005", "SCT", "Imaging procedure")), imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport, language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(language=code(("en", "RFC5646", "English"))))
+    report[0].ContentSequence.extend([*_sentences(prediction), *_recommendations(prediction, stamp)])
     ds = _built(sr.Comprehensive3DSR, [*headers, *([seg] if seg is not None else [])], report[0], series_instance_uid=stamp.uid("series", "sr"), series_number=9800, sop_instance_uid=stamp.uid("sr"),
                 instance_number=1, manufacturer="medimg", is_complete=True, series_description=f"medimg report ({RESEARCH_USE})")
-    ds.ManufacturerModelName, ds.SoftwareVersions = "medimg", maker()["software_versions"]
+    ds.ManufacturerModelName, ds.SoftwareVersions, ds.CodingSchemeIdentificationSequence = "medimg", maker()["software_versions"], _scheme()
     return settle(ds, stamp, headers, "sr")
 
 # %% ../../nbs/deployment/05b_dicom_out.ipynb #850ec498

@@ -380,9 +380,9 @@ def match_nodules(now, before, *, shift_mm=(0.0, 0.0, 0.0), reach_mm: float = 15
     pairs = dict(zip(*(a.tolist() for a in linear_sum_assignment(cost))))
     return [j if (j := pairs.get(i)) is not None and cost[i, j] < far else None for i in range(len(now))]
 
-# %% ../../nbs/deployment/03c_measure.ipynb #1e0be82a
+# %% ../../nbs/deployment/03c_measure.ipynb #38345e1f
 def volume_doubling_days(before_mm3: float, now_mm3: float, days: float) -> float | None:
-    """Days in which the volume doubles at the pace seen between two examinations.
+    """Days in which the volume doubles at the pace seen between two examinations; below zero for a nodule that shrinks: minus the days in which it halves.
 
     Parameters
     ----------
@@ -394,7 +394,7 @@ def volume_doubling_days(before_mm3: float, now_mm3: float, days: float) -> floa
     Returns
     -------
     float or None
-        None when it has not grown.
+        None when the volume is the same.
 
     Raises
     ------
@@ -407,12 +407,13 @@ def volume_doubling_days(before_mm3: float, now_mm3: float, days: float) -> floa
 
     Examples
     --------
-    >>> volume_doubling_days(100.0, 400.0, 200.0), volume_doubling_days(100.0, 100.0, 200.0)
-    (100.0, None)
+    >>> volume_doubling_days(100.0, 400.0, 200.0), volume_doubling_days(400.0, 100.0, 200.0), volume_doubling_days(100.0, 100.0, 200.0)
+    (100.0, -100.0, None)
     """
     if not (before_mm3 > 0 and now_mm3 > 0 and days > 0):
         raise ConfigError(f"no doubling time from {before_mm3} to {now_mm3} mm³ in {days} days", remedy="give numbers above 0")
-    return days * float(np.log(2)) / float(np.log(now_mm3 / before_mm3)) if now_mm3 > before_mm3 else None
+    pace = float(np.log(now_mm3 / before_mm3))
+    return days * float(np.log(2)) / pace if pace else None
 
 
 def with_growth(now, before, *, interval_days: float | None = None, prior_study_uid: str | None = None, shift_mm=(0.0, 0.0, 0.0), reach_mm: float = 15.0) -> tuple:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LANGUAGES', 'WORDS', 'LIMITS', 'TERMS', 'SENTENCES', 'say', 'column', 'term', 'translated', 'plain']
 
-# %% ../../nbs/deployment/05a_words.ipynb #692cd0f2
+# %% ../../nbs/deployment/05a_words.ipynb #50d2463b
 import re
 
 from ..errors import ConfigError, nearest
@@ -17,96 +17,100 @@ WORDS = {
     "research_use": ("Research use, not a medical device", "仅供研究使用，非医疗器械"),
     "no_care": ("No result on this page may guide the care of a patient.", "本页任何结果均不得用于指导患者诊疗。"),
     "not_for_diagnosis": ("NOT FOR DIAGNOSIS", "不得用于诊断"),
-    "skip": ("Skip to the results", "跳到结果"), "made": ("Made", "时间"), "with": ("With", "软件"), "model": ("Model", "模型"),
-    "studies": ("{n} studies: {counts}", "{n} 个检查：{counts}"), "overview": ("Overview of studies", "检查总览"), "study": ("Study", "检查"),
+    "skip": ("Skip to the results", "跳到结果"), "made": ("Made", "生成时间"), "with": ("With", "软件"), "model": ("Model", "模型"),
+    "studies": ("{n} studies: {counts}", "{n} 项检查：{counts}"), "overview": ("Overview of studies", "检查一览"), "study": ("Study", "检查"),
     "result": ("Result", "结果"), "probability": ("Probability", "概率"), "note": ("Note", "备注"),
-    "outlines": ("Outlines", "轮廓"), "truth": ("planted truth", "已知真值"), "region": ("region that moved the score", "影响得分的区域"),
-    "viewer": ("{source}, as a viewer shows it", "{source}，与阅片器显示一致"), "with_heat": ("{source} with heat map", "{source}，叠加热图"), "px": ("{y} × {x} px", "{y} × {x} 像素"),
-    "moved": ("What moved the score towards “{name}”, scaled to its own maximum", "使得分偏向“{name}”的像素，按自身最大值缩放"),
+    "outlines": ("Outlines", "轮廓"), "truth": ("planted truth", "预设真值"), "region": ("region that moved the score", "影响评分的区域"),
+    "viewer": ("{source}, as a viewer shows it", "{source}，按阅片软件的方式显示"), "with_heat": ("{source} with heat map", "{source}，叠加热图"), "px": ("{y} × {x} px", "{y} × {x} 像素"),
+    "moved": ("What moved the score towards “{name}”, scaled to its own maximum", "使评分偏向“{name}”的部位，按自身最大值缩放"),
     "ramp": ("colour scale from little to most evidence", "色标：证据由少到多"),
-    "no_answer": ("no answer", "未作回答"), "not_readable": ("not readable", "无法读取"), "answered": ("answered", "已回答"), "refused": ("refused", "已拒绝"),
+    "no_answer": ("no answer", "未给出结果"), "not_readable": ("not readable", "无法读取"), "answered": ("answered", "已给出结果"), "refused": ("refused", "拒绝判读"),
     "not_made_for": ("This picture is not what the model was made for:", "此图像不属于模型的适用范围："), "unreadable": ("Could not be read", "无法读取"),
-    "bar": ("calibrated probability of {name}: {p}", "“{name}”的校准概率：{p}"), "called_from": ("called from {cut}", "自 {cut} 起判定"),
-    "raw": ("Calibrated probability. Raw score (logit): {scores}.", "以上为校准概率。原始得分（logit）：{scores}。"),
-    "distance": ("Distance from the training images", "与训练图像的距离"), "familiar": ("familiar up to {cut}", "{cut} 以内为熟悉"),
-    "distance_is": ("distance {score}, familiar up to {cut}", "距离 {score}，{cut} 以内为熟悉"), "where": ("Where", "位置"),
+    "bar": ("calibrated probability of {name}: {p}", "“{name}”的校准概率：{p}"), "called_from": ("called from {cut}", "判定阈值 {cut}"),
+    "raw": ("Calibrated probability. Raw score (logit): {scores}.", "以上为校准概率。原始评分（logit）：{scores}。"),
+    "distance": ("Distance from the training images", "与训练图像的距离"), "familiar": ("familiar up to {cut}", "不超过 {cut} 视为相似"),
+    "distance_is": ("distance {score}, familiar up to {cut}", "距离 {score}，不超过 {cut} 视为相似"), "where": ("Where", "位置"),
     "box": ("rows {y0}–{y1}, columns {x0}–{x1} px", "第 {y0}–{y1} 行，第 {x0}–{x1} 列像素"), "share": ("{percent} % of the evidence", "占证据的 {percent} %"),
     "bear": ("Bear in mind", "注意事项"), "checks": ("Checks", "检查项"), "limits": ("Limits", "局限"), "original": ("in the original language", "原文"),
     "origin_shipped": ("shipped, digests verified", "随软件发布，摘要已核验"), "origin_unsigned": ("unsigned: origin not proven", "未签名：来源未经证实"),
     "origin_unverified": ("not verified", "未核验"), "origin_signed": ("signature verified", "签名已核验"), "none": ("none", "无"),
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #653f85a6
+# %% ../../nbs/deployment/05a_words.ipynb #a62a0a27
 WORDS |= {
-    "findings": ("Findings", "发现"), "n_findings": ("Findings: {n}", "发现：{n} 处"), "no_findings": ("No findings", "未见发现"), "number": ("No.", "序号"),
-    "type": ("Type", "类型"), "score": ("Score", "得分"),
+    "findings": ("Findings", "影像所见"), "n_findings": ("Findings: {n}", "检出病灶：{n} 处"), "no_findings": ("No findings", "未检出病灶"), "number": ("No.", "序号"),
+    "type": ("Type", "类型"), "score": ("Score", "评分"),
     "place": ("Place", "部位"), "slice": ("Slice", "层面"), "size": ("Size (mm)", "大小（mm）"), "volume": ("Volume (mm³)", "体积（mm³）"), "growth": ("Change", "变化"),
     "axes": ("{long} × {short}", "{long} × {short}"), "mean": ("mean {mean}", "平均 {mean}"), "solid_part": ("solid part {solid}", "实性成分 {solid}"),
-    "at": ("X {x}, Y {y}, Z {z} mm", "X {x}, Y {y}, Z {z} mm"), "new": ("new since the prior study", "较前片新增"),
+    "at": ("X {x}, Y {y}, Z {z} mm", "X {x}, Y {y}, Z {z} mm"), "new": ("new since the prior study", "较前次检查新发"),
     "matched": ("{days} days ago: {mean} mm, {volume} mm³", "{days} 天前：{mean} mm，{volume} mm³"),
-    "doubling": ("volume doubles in {days} days", "体积倍增时间 {days} 天"), "halving": ("shrinking", "缩小"), "no_prior": ("no prior", "无前片"), "stable": ("volume unchanged", "体积不变"),
-    "key_slices": ("Key slices", "关键层面"), "finding_n": ("Finding {n}", "发现 {n}"), "whole": ("slice {k} of {n}", "第 {k} 层，共 {n} 层"),
-    "window": ("{name} window, W {width} L {center}", "{name}，窗宽 {width} 窗位 {center}"), "lung": ("lung", "肺窗"), "mediastinum": ("soft-tissue", "纵隔窗"),
-    "crop": ("finding {n}, {window}, outlined", "发现 {n}，{window}，已勾画"), "framed": ("slice {k}, finding {n} framed", "第 {k} 层，发现 {n} 已框出"),
-    "bar_mm": ("Crops are {mm} mm wide, bar {bar} mm; the left of the patient is on the right.", "局部图宽 {mm} mm，标尺 {bar} mm；图像右侧为患者左侧。"),
-    "words": ("What the numbers say, and what they do not", "数字说明什么，不说明什么"),
-    "recommendations": ("Recommendations", "建议"), "for_clinician": ("for the clinician's decision", "供临床医生决定"),
-    "guideline_text": ("Texts of guidelines stand in the guideline's language.", "指南条文保留指南原文语言。"),
+    "doubling": ("volume doubles in {days} days", "体积倍增时间 {days} 天"), "halving": ("volume halves in {days} days", "缩小，体积减半时间 {days} 天"), "no_prior": ("no prior", "无既往检查对比"), "stable": ("volume unchanged", "体积不变"),
+    "key_slices": ("Key slices", "关键层面"), "finding_n": ("Finding {n}", "病灶 {n}"), "whole": ("slice {k} of {n}", "第 {k} 层，共 {n} 层"),
+    "window": ("{name} window, W {width} L {center}", "{name}，窗宽 {width}，窗位 {center}"), "lung": ("lung", "肺窗"), "mediastinum": ("soft-tissue", "纵隔窗"),
+    "crop": ("finding {n}, {window}, outlined", "病灶 {n}，{window}，已勾画轮廓"), "framed": ("slice {k}, finding {n} framed", "第 {k} 层，病灶 {n} 已框出"),
+    "bar_mm": ("Crops are {mm} mm wide, bar {bar} mm; the left of the patient is on the right.", "局部放大图宽 {mm} mm，标尺 {bar} mm；图像右侧为患者左侧。"),
+    "words": ("What the numbers say, and what they do not", "数值的含义与局限"),
+    "recommendations": ("Recommendations", "建议"), "for_clinician": ("for the clinician's decision", "由临床医生决定"),
+    "guideline_text": ("Texts of guidelines stand in the guideline's language.", "指南条文以指南原文列出，不作翻译。"),
     "applies": ("applies", "适用"), "not applicable": ("not applicable", "不适用"), "not assessable": ("not assessable", "无法评估"),
-    "rule": ("rule {rule}", "规则 {rule}"), "used": ("Used", "所用信息"), "missing": ("Missing", "缺少信息"), "reason": ("Reason", "原因"),
-    "identity": ("Identity of the model", "模型标识"), "name": ("Name", "名称"), "version": ("Version", "版本"), "digest": ("Digest (SHA-256)", "摘要（SHA-256）"),
+    "rule": ("rule {rule}", "条目 {rule}"), "used": ("Used", "依据的信息"), "missing": ("Missing", "缺少的信息"), "reason": ("Reason", "原因"),
+    "identity": ("Identity of the model", "模型信息"), "name": ("Name", "名称"), "version": ("Version", "版本"), "digest": ("Digest (SHA-256)", "摘要（SHA-256）"),
     "origin": ("Origin", "来源"), "signature": ("Signature", "签名"), "page": ("page {a} of {b}", "第 {a} 页，共 {b} 页"),
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #3f87b3c3
+# %% ../../nbs/deployment/05a_words.ipynb #87713cae
 WORDS |= {
     "p_words": ("Of 100 answers like this one on patients like those of the calibration images, about {right} are right and {wrong} are wrong.",
-                "在与校准图像相似的患者中，每 100 个这样的回答约有 {right} 个正确，{wrong} 个错误。"),
-    "near_cut": ("The probability lies near the threshold {cut}: a small change of the picture could turn the answer.", "概率接近阈值 {cut}：图像稍有变化，回答就可能改变。"),
+                "在与校准人群相似的患者中，每 100 个这样的结果约有 {right} 个正确、{wrong} 个错误。"),
+    "p_sure": ("Of 100 answers like this one on patients like those of the calibration images, more than 99 are right; none is ever certain.",
+               "在与校准人群相似的患者中，每 100 个这样的结果有 99 个以上正确；但任何结果都不是绝对确定的。"),
+    "near_cut": ("The probability lies near the threshold {cut}: a small change of the picture could turn the answer.", "概率接近阈值 {cut}：图像稍有变化，结果就可能改变。"),
     "cut_words": ("“{name}” is called from {cut}; this threshold was chosen on validation images and weighs missed disease against false alarms.",
-                  "“{name}”自 {cut} 起判定；该阈值在验证图像上选定，用以权衡漏诊与误报。"),
-    "set_one": ("At the stated level everything but “{name}” is excluded.", "在所声明的水平上，除“{name}”外均可排除。"),
+                  "概率达到 {cut} 即判为“{name}”；该阈值在验证图像上选定，用以权衡漏诊与误诊。"),
+    "set_one": ("At the stated level everything but “{name}” is excluded.", "在所声明的置信水平上，仅剩“{name}”，其余类别均可排除。"),
     "set_many": ("At the stated level the model cannot decide between: {names}. Read the answer as “one of these”.",
-                 "在所声明的水平上，模型无法区分：{names}。请将回答理解为“其中之一”。"),
-    "set_none": ("At the stated level no class fits: the picture is unusual for the model.", "在所声明的水平上没有类别符合：该图像对模型而言不寻常。"),
-    "no_set": ("The model states no prediction set: which other classes remain possible is not known.", "模型未给出预测集合：尚有哪些类别可能，无从得知。"),
-    "level": ("Level of the set: {percent} % of such sets hold the right class.", "集合的水平：此类集合有 {percent} % 包含正确类别。"),
+                 "在所声明的置信水平上，模型无法区分：{names}。请将结果理解为“其中之一”，而不是单一结论。"),
+    "set_none": ("At the stated level no class fits: the picture is unusual for the model; do not rely on the answer.", "在所声明的置信水平上没有任何类别符合：该图像对模型而言不典型，请勿采用上述结果。"),
+    "no_set": ("The model states no prediction set: which other classes remain possible is not known.", "模型未给出预测集合：尚不能排除哪些类别，无从得知。"),
+    "level": ("Level of the set: on patients like those of the calibration images, {percent} % of such sets hold the right class.", "置信水平：在与校准人群相似的患者中，这样的集合有 {percent}% 包含正确类别。"),
+    "set_line": ("Not excluded at {percent} %: {names}", "{percent}% 置信水平下不能排除：{names}"),
+    "set_line_none": ("At {percent} % no class fits: read it as unknown", "{percent}% 置信水平下没有类别符合：请视为未知"),
     "not_said": ("These numbers are neither the severity of the disease nor a probability in another population; other diseases were not looked for.",
                  "这些数字既不表示疾病的严重程度，也不是其他人群中的概率；其他疾病未作检查。"),
-    "found": ("Marked places: {n}. A score puts them in order; it is not the probability of cancer.", "已标出 {n} 处。得分只用于排序，不是癌症的概率。"),
-    "found_none": ("Nothing was marked. Small or faint lesions can be missed: this is not a statement of health.", "未标出任何部位。小或淡的病灶可能被漏掉：这并不表示健康。"),
+    "found": ("Marked places: {n}. A score puts them in order; it is not the probability of cancer.", "共标出 {n} 处。评分只用于排序，不是恶性概率。"),
+    "found_none": ("Nothing was marked. Small or faint lesions can be missed: this is not a statement of health.", "未标出任何病灶。较小或密度较淡的病灶可能漏检：这并不表示受检者健康。"),
     "voxel": ("Sizes are measured on voxels of {z} × {y} × {x} mm (z, y, x): a difference of less than one voxel is no growth.",
-              "大小在 {z} × {y} × {x} mm（z, y, x）的体素上测得：小于一个体素的差异不是增长。"),
-    "outline": ("An outline is one of several that experts would draw; its edge is uncertain by about one voxel.", "轮廓只是专家可能勾画的其中一种；其边缘约有一个体素的不确定性。"),
-    "refusal": ("No probability is shown: it is a promise about pictures like the training images, and this is none.", "不显示概率：概率只对与训练图像相似的图像作出承诺，而此图像并非如此。"),
+              "大小在 {z} × {y} × {x} mm（z, y, x）的体素上测得：小于一个体素的差异不能视为增大。"),
+    "outline": ("An outline is one of several that experts would draw; its edge is uncertain by about one voxel.", "该轮廓只是专家可能勾画的轮廓之一；其边缘约有一个体素的不确定性。"),
+    "refusal": ("No probability is shown: it is a promise about pictures like the training images, and this is none.", "不显示概率：概率只对与训练图像相似的图像有效，而此图像并非如此。"),
 }
 #: The page's last words, in each language.
 LIMITS = (
     ("A probability holds for patients like those the model was calibrated on, at the same share of disease. Where the disease is rarer, the same number means less.",
-     "概率只适用于与模型校准人群相似、患病比例相同的患者。疾病越少见，同一数字的意义越小。"),
+     "概率只适用于与模型校准人群相似、患病率相同的患者。疾病越少见，同一数值的意义越小。"),
     ("A heat map shows which pixels moved the score. It does not outline the disease, and a convincing map does not make an answer right.",
-     "热图显示哪些像素影响了得分。它并不勾画病变，热图看似合理也不代表回答正确。"),
+     "热图显示哪些像素影响了评分。它并不勾画病变范围，热图看似合理也不代表结果正确。"),
     ("“Familiar” means that the picture resembles the training images to the network. It is no proof of quality or of the right patient.",
-     "“熟悉”表示在网络看来该图像与训练图像相似，并不能证明图像质量合格或患者身份无误。"),
-    ("A refusal is no finding: it says nothing about the patient.", "拒绝回答不是发现：它对患者的情况没有任何说明。"),
+     "“相似”仅表示网络认为该图像与训练图像相近，并不能证明图像质量合格或患者身份无误。"),
+    ("A refusal is no finding: it says nothing about the patient.", "拒绝判读不是影像所见：它不说明患者的任何情况。"),
 )
 
-# %% ../../nbs/deployment/05a_words.ipynb #7b14c411
+# %% ../../nbs/deployment/05a_words.ipynb #9d7b431f
 WORDS |= {
-    "modality": ("Modality", "检查设备"), "body_part": ("Body part", "检查部位"), "view": ("View", "投照体位"), "patient_age_years": ("Age", "年龄"),
+    "modality": ("Modality", "检查类型"), "body_part": ("Body part", "检查部位"), "view": ("View", "投照体位"), "patient_age_years": ("Age", "年龄"),
     "patient_sex": ("Sex", "性别"), "shape": ("Size", "图像大小"), "patient_key": ("Patient key", "患者代码"), "series_uid": ("Series", "序列"),
     "hash": ("Picture hash", "图像哈希"), "time": ("Time", "用时"), "years": ("{n} years", "{n} 岁"), "months": ("{n} months", "{n} 个月"),
-    "size_zyx": ("Size (z, y, x)", "大小（z, y, x）"), "spacing": ("Spacing (z, y, x)", "间距（z, y, x）"), "uneven": ("uneven mm", "间距不均"), "unit": ("Unit", "单位"),
-    "orientation": ("Orientation", "方向"), "scanner": ("Scanner", "扫描设备"), "kernel": ("Kernel", "重建核"), "values": ("Values", "取值"),
+    "size_zyx": ("Size (z, y, x)", "大小（z, y, x）"), "spacing": ("Spacing (z, y, x)", "间距（z, y, x）"), "uneven": ("uneven mm", "层间距不等"), "unit": ("Unit", "单位"),
+    "orientation": ("Orientation", "方位"), "scanner": ("Scanner", "扫描设备"), "kernel": ("Kernel", "卷积核"), "values": ("Values", "取值"),
     "range": ("{low} to {high} {unit}", "{low} 至 {high} {unit}"),
     "series": ("Series", "序列"), "montage": ("{shown} of {n} slices, evenly spread{ends}", "{n} 层中的 {shown} 层，均匀选取{ends}"),
-    "ends": (", W {width} L {center} {unit}", "，窗宽 {width} 窗位 {center} {unit}"), "histogram": ("Histogram of HU", "HU 直方图"),
+    "ends": (", W {width} L {center} {unit}", "，窗宽 {width}，窗位 {center} {unit}"), "histogram": ("Histogram of HU", "HU 直方图"),
     "histogram_alt": ("histogram of HU values, highest near {peak} HU", "HU 值直方图，最高处约 {peak} HU"),
     "histogram_note": ("Height: square root of the number of voxels in {step} HU. Values beyond the ends count at the ends.", "高度：每 {step} HU 内体素数的平方根。超出两端的值计入端点。"),
     "air": ("air", "空气"), "fat": ("fat", "脂肪"), "soft": ("soft tissue", "软组织"), "bone": ("bone", "骨"),
     "error": ("error", "错误"), "warning": ("warning", "警告"), "info": ("info", "提示"), "good": ("good", "正常"),
     "state_error": ("problems found", "发现问题"), "state_warning": ("read with warnings", "已读取，有警告"), "state_good": ("read, no findings", "已读取，无异常"),
-    "uneven_slices": ("The slices are not evenly spaced.", "层面间距不均。"), "no_gaps": ("No gaps, duplicates or mixed slices were found.", "未发现缺层、重复或混杂的层面。"),
+    "uneven_slices": ("The slices are not evenly spaced.", "层间距不等。"), "no_gaps": ("No gaps, duplicates or mixed slices were found.", "未发现缺层、重复或混杂的层面。"),
     "not_checked": ("The slices' places were not checked.", "未检查层面位置。"),
     "privacy": ("Patient names and numbers are not taken over from the files; file names and series descriptions are shown as given, so rename files that carry a name. "
                 "The page holds everything it shows: it loads nothing and runs no script.",
@@ -138,7 +142,7 @@ def say(key: str, lang: str = "en", **values) -> str:
     Examples
     --------
     >>> say("called_from", "zh", cut="0.41")
-    '自 0.41 起判定'
+    '判定阈值 0.41'
     """
     if key not in WORDS:
         raise ConfigError(f"no text called {key!r}", remedy=nearest(str(key), WORDS))
@@ -166,33 +170,53 @@ def column(lang: str) -> int:
         raise ConfigError(f"no texts in {lang!r}", remedy=f"languages: {', '.join(LANGUAGES)}")
     return list(LANGUAGES).index(lang)
 
-# %% ../../nbs/deployment/05a_words.ipynb #8f4a2def
+# %% ../../nbs/deployment/05a_words.ipynb #f15abfa3
 #: Names of classes, kinds, places and facts: English -> Chinese; what is not listed stays as it is.
 TERMS = {
-    "normal": "正常", "pneumonia": "肺炎", "opacity": "阴影", "clear": "清晰", "nodule": "结节", "lung": "肺", "tumour": "肿瘤", "region that moved the score": "影响得分的区域",
-    "region that moved the score most": "最影响得分的区域", "background": "背景", "lung_left": "左肺", "lung_right": "右肺",
+    "normal": "正常", "pneumonia": "肺炎", "opacity": "阴影", "clear": "未见阴影", "nodule": "结节", "lung": "肺", "tumour": "肿瘤", "region that moved the score": "影响评分的区域",
+    "region that moved the score most": "对评分影响最大的区域", "background": "背景", "lung_left": "左肺", "lung_right": "右肺",
     "solid": "实性", "part-solid": "部分实性", "ground-glass": "磨玻璃", "evidence-region": "证据区域", "left": "左侧", "right": "右侧",
-    "RUL": "右肺上叶", "RML": "右肺中叶", "RLL": "右肺下叶", "LUL": "左肺上叶", "LLL": "左肺下叶", "modality": "检查设备", "body part": "检查部位", "view": "投照体位", "sex": "性别",
-    "age": "年龄", "chest": "胸部", "CHEST": "胸部", "validation images": "验证图像", "validation": "验证",
+    "RUL": "右肺上叶", "RML": "右肺中叶", "RLL": "右肺下叶", "LUL": "左肺上叶", "LLL": "左肺下叶", "modality": "检查类型", "body part": "检查部位", "view": "投照体位", "sex": "性别",
+    "age": "年龄", "chest": "胸部", "CHEST": "胸部", "validation images": "验证图像", "validation": "验证", "F": "女", "M": "男",
 }
+
+# %% ../../nbs/deployment/05a_words.ipynb #aea00862
+#: Facts that a guideline asks for, and their values.
+TERMS |= {
+    "screening": "筛查", "type": "类型", "status": "与前次比较", "interval days": "间隔天数", "measured": "测量方法", "other findings": "其他病灶", "prior category": "前次分类",
+    "lungs covered": "扫描包括全肺", "prior being located": "正在调取既往检查", "inflammatory": "炎性改变", "benign features": "良性征象", "proven benign": "已证实为良性",
+    "structure": "结构", "suspicious features": "可疑恶性征象", "size": "大小", "nodules": "结节数", "count": "单发或多发", "risk": "肺癌风险", "age years": "年龄（岁）",
+    "known cancer": "已知恶性肿瘤", "known malignancy": "已知恶性肿瘤", "immunosuppressed": "免疫抑制", "pregnant": "妊娠", "smoker": "吸烟", "diabetes": "糖尿病", "prior ct": "既往 CT",
+    "setting": "检查目的", "diagnostic": "诊断", "malignancy probability": "恶性概率", "juxtapleural": "邻近胸膜", "airway": "气道", "cyst": "囊腔", "baseline": "基线", "stable": "稳定",
+    "decreased": "缩小", "growing": "增大", "slowly growing": "缓慢增大", "growing solid component": "实性成分增大", "new": "新发", "yes": "是", "no": "否", "low": "低", "high": "高",
+    "temperature": "温度缩放", "platt": "Platt 法", "isotonic": "保序回归", "vector": "向量缩放", "single": "单发", "multiple": "多发", "mean diameter mm": "平均直径（mm）", "lung screening eligible": "符合肺癌筛查条件", "pneumonia follow-up": "肺炎随访",
+}
+
+# %% ../../nbs/deployment/05a_words.ipynb #2e53ebf9
 #: Sentences of other modules: (English pattern, Chinese).
 SENTENCES = (
     ("{what} {have}; the model was made for {names}", "{what}为 {have}；模型适用于 {names}"),
     ("age {have} years; the model was trained on {low} to {high} years", "年龄 {have} 岁；模型的训练数据为 {low} 至 {high} 岁"),
     ("a strip of {y} × {x} pixels, not a whole picture", "{y} × {x} 像素的长条，不是完整图像"),
     ("almost no contrast (standard deviation {sd} of 255 grey levels)", "几乎没有对比度（标准差 {sd}，共 255 级灰度）"),
-    ("unlike the training images (distance {a}, familiar up to {b})", "与训练图像不相似（距离 {a}，{b} 以内为熟悉）"),
+    ("unlike the training images (distance {a}, familiar up to {b})", "与训练图像不相似（距离 {a}，不超过 {b} 视为相似）"),
     ("the file does not state {names}: whether the model fits could not be checked", "文件未注明{names}：无法检查模型是否适用"),
-    ("a stack of {z} slices, not a single picture", "{z} 层的序列，不是单幅图像"), ("a film of {n} moments, not a single picture", "{n} 个时刻的动态图像，不是单幅图像"),
+    ("a stack of {z} slices, not a single picture", "{z} 层的序列，不是单幅图像"), ("a film of {n} moments, not a single picture", "{n} 帧的动态图像，不是单幅图像"),
     ("the picture was compressed with loss before it arrived", "图像在到达之前经过有损压缩"),
     ("values from {a} to {b}: display grey values from 0 to 255 are expected", "取值为 {a} 至 {b}：应为 0 至 255 的显示灰度"),
     ("{n}-bit picture stretched from its darkest to its brightest value", "{n} 位图像，已按最暗至最亮值拉伸"),
     ("unsigned bundle: its files are whole, but who made it is not proven", "模型包未签名：文件完整，但制作者未经证实"), ("bundle loaded without verification", "模型包加载时未核验"),
-    ("probability calibrated by temperature on {n} {on} images; it holds for patients like those, at the same share of disease",
-     "概率经温度校准（{n} 幅图像，{on}）；只适用于与之相似、患病比例相同的患者"),
+    ("probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease",
+     "概率经{how}校准（{n} 幅{on}图像）；只适用于与之相似、患病率相同的患者"), ("the probability is not calibrated", "概率未经校准"),
+    ("no class fits as well as in {share} of the {on} images: read it as unknown", "没有任何类别达到 {share} 的{on}图像的符合程度：请视为未知"),
+    ("{names} cannot be told apart where the set shall hold the true class in {share} of patients", "若集合须在 {share} 的患者中包含真实类别，则无法区分 {names}"),
+    ("the set leaves out the answer {label}: answer and set are drawn at different borders", "集合不包含结果“{label}”：结果与集合采用不同的界限"),
+    ("no prediction set: this model has no limits for one", "无预测集合：该模型未设定其界限"), ("no prediction set: several classes may be true at once", "无预测集合：多个类别可能同时成立"),
+    ("the dates of the scans are not known, so neither is the pace of growth", "检查日期未知，无法计算生长速度"),
+    ("this model has no check for unfamiliar images", "该模型不检查图像是否与训练图像相似"),
     ("score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease",
-     "得分是该区域所占的热图证据份额；它不是概率，该区域也不一定是病变"),
-    ("scaled to its own maximum: it says where, not how much", "按自身最大值缩放：只说明位置，不说明程度"),
+     "评分是该区域占热图证据的份额；它不是概率，该区域也不一定是病变"),
+    ("scaled to its own maximum: it says where, not how much", "按自身最大值缩放：只表示位置，不表示程度"),
 )
 
 # %% ../../nbs/deployment/05a_words.ipynb #a4702ec2
