@@ -445,7 +445,7 @@ def _predict_route(app):
 
     app.add_api_route("/v1/predict", predict, methods=["POST"], summary="Answer for one study, or for all in a form or archive", tags=["predict"])
 
-# %% ../../nbs/deployment/06_service.ipynb #78e8e31a
+# %% ../../nbs/deployment/06_service.ipynb #b5d095fd
 def _study_route(app):
     from fastapi import Request
 
@@ -459,7 +459,7 @@ async def _answered_study(app, study, request):
 
     from medimg.deployment.stored import answer_stored, image_paths
     handler, query = app.state.handler, _query(request.scope, {"bundle", "prior"})
-    for uid in (study, *filter(None, [query.get("prior")])):
+    for uid in (study, *({query.get("prior") or "latest"} - {"latest"})):
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", uid) or len(uid) > 64:
             raise BadRequest("a UID has digits and dots, at most 64 characters")
     handler.batcher(query.get("bundle"))
@@ -503,16 +503,20 @@ def _job_routes(app):
         _own_job(app, request, number)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-# %% ../../nbs/deployment/06_service.ipynb #bc7c968c
+# %% ../../nbs/deployment/06_service.ipynb #77b559fa
 async def _submitted(app, request):
+    from medimg.deployment.stored import asked_of, context_in, read_context
     handler, settings = app.state.handler, app.state.settings
-    query = _query(request.scope, {"bundle", "name", "study_uid"})
-    bundle = handler.batcher(query.get("bundle")).bundle.name
-    own = {"owner": request.state.principal.name, "bundle": bundle}
+    query = _query(request.scope, {"bundle", "name", "study_uid", "prior"})
+    bundle = handler.batcher(query.get("bundle")).bundle
+    own = {"owner": request.state.principal.name, "bundle": bundle.name}
     if uid := query.get("study_uid"):
-        if not await asyncio.to_thread(handler.store.studies, study_uid=uid, limit=1):
-            raise NotFound("no such study is kept here", remedy="store it first")
-        number = await asyncio.to_thread(lambda: handler.jobs.submit(None, study_uid=uid, **own))
+        facts = await read_body(request.scope, request.receive, limit=64 << 10, timeout_s=settings.body_s)
+        context = read_context(facts) if facts else None
+        asked = await asyncio.to_thread(lambda: asked_of(handler.store, bundle, uid, prior=query.get("prior"), context=context))
+        number = await asyncio.to_thread(lambda: handler.jobs.submit(None, study_uid=uid, asked=asked, **own))
+    elif query.get("prior"):
+        raise BadRequest("an earlier study is compared with one that is kept here", remedy="store both, and name the later one with study_uid")
     else:
         limit = settings.max_body_mb << 20
         with handler.gate.admitted(declared_length(request.scope, limit) or 0):
@@ -520,7 +524,8 @@ async def _submitted(app, request):
             files, _ = files_of(body, header(request.scope, b"content-type"), name=query.get("name", ""))
             if len(files) != 1:
                 raise BadRequest(f"{len(files)} files in one job", remedy="send one file or an archive for each job")
-            number = await asyncio.to_thread(lambda: handler.jobs.submit(files[0][2], kind=files[0][0], name=files[0][1], **own))
+            context = context_in(body, header(request.scope, b"content-type"))
+            number = await asyncio.to_thread(lambda: handler.jobs.submit(files[0][2], kind=files[0][0], name=files[0][1], asked={"context": context} if context else None, **own))
     return _json(public(handler.jobs.get(number)), 202, {"location": f"/v1/jobs/{number}"})
 
 
@@ -544,19 +549,20 @@ def _result_routes(app):
         except ServiceError as error:
             raise NotFound(error.what) from error
 
-# %% ../../nbs/deployment/06_service.ipynb #5294d874
+# %% ../../nbs/deployment/06_service.ipynb #976215fa
 _BODIES = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("application/octet-stream", "image/png", "image/jpeg", "application/dicom",
                                                                                   "application/x-npy", "application/zip")}
 
 
 _FORM = {"schema": {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}}
+_FACTS = {"schema": {"type": "object"}, "example": {"age_years": 61, "screening": True}}
 _PROBLEM = {"type": "object", "required": ["type", "title", "status", "detail", "request_id"], "properties": {
     "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"}, "remedy": {"type": ["string", "null"]},
     "request_id": {"type": "string"}}}
 
 
 _QUERY = {"bundle": "Name of a served bundle; by default the first", "name": "What the file is called in the record", "store": "Keep the record (true or false)",
-          "study_uid": "A study that is kept here, instead of a body", "prior": "Study UID of an earlier scan of the same patient, kept here too"}
+          "study_uid": "A study that is kept here, instead of a body", "prior": "Study UID of an earlier scan of the same patient, kept here too; or latest: the last one before, if there is one"}
 
 
 _REFUSALS = {"400": "malformed", "401": "no valid key", "403": "not allowed", "404": "not there", "405": "another method", "406": "nothing that the client accepts", "408": "too slow", "409": "conflict", "413": "too large",
@@ -620,14 +626,14 @@ def _describe_dicomweb(path, operation):
     for parameter in operation.get("parameters", []):
         parameter["schema"] = _PARTS.get(parameter["name"], parameter["schema"]) if parameter["in"] == "path" else parameter["schema"]
 
-# %% ../../nbs/deployment/06_service.ipynb #a87d16b8
+# %% ../../nbs/deployment/06_service.ipynb #cce6648e
 def _describe_study(operation):
     """Parameters, body and answer of `POST /v1/studies/{study}/predict`."""
     one = {"type": "object", "required": ["id", "record", "dicom"], "properties": {"id": {"type": "integer"}, "record": {"$ref": "#/components/schemas/Prediction"},
            "dicom": {"type": "array", "items": _UID}, "dicom_problem": {"type": ["string", "null"]}}}
     operation["parameters"] = [{"name": "study", "in": "path", "required": True, "schema": _UID},
                                *({"name": n, "in": "query", "required": False, "description": _QUERY[n], "schema": {"type": "string"}} for n in ("bundle", "prior"))]
-    operation["requestBody"] = {"required": False, "content": {"application/json": {"schema": {"type": "object"}, "example": {"age_years": 61, "screening": True}}}}
+    operation["requestBody"] = {"required": False, "content": {"application/json": _FACTS}}
     operation["responses"]["200"] = {"description": "One answer for each series", "content": {"application/json": {"schema": {
         "type": "object", "required": ["results"], "properties": {"results": {"type": "array", "items": one}}}}}}
 
@@ -639,11 +645,13 @@ def _describe_bodies(paths, answer):
     paths["/v1/jobs/{number}/events"]["get"]["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     example = Prediction("refused", "a.dcm", reasons=("modality CT; the model was made for DX",)).to_dict()
     paths["/v1/predict"]["post"]["responses"]["200"] = {"description": "The record; for a form or an archive a list of them", "content": {"application/json": {"schema": answer, "example": example}}}
-    for path, names in (("/v1/predict", ("bundle", "name", "store")), ("/v1/jobs", ("bundle", "name", "study_uid"))):
+    for path, names in (("/v1/predict", ("bundle", "name", "store")), ("/v1/jobs", ("bundle", "name", "study_uid", "prior"))):
         operation = paths[path]["post"]
         flag = {"type": "boolean"}
         operation["parameters"] = [{"name": n, "in": "query", "required": False, "description": _QUERY[n], "schema": flag if n == "store" else {"type": "string"}} for n in names]
         operation["requestBody"] = {"required": path == "/v1/predict", "content": {**_BODIES, "multipart/form-data": _FORM}}
+    form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
+    paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
 # %% ../../nbs/deployment/06_service.ipynb #fa26b98a
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
