@@ -218,7 +218,7 @@ async def _audit(app, scope, at):
         event |= _page_facts(app, scope, who)
     await app.state.auditor.record(event)
 
-# %% ../../nbs/deployment/06_service.ipynb #2d5724ad
+# %% ../../nbs/deployment/06_service.ipynb #6963ea49
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     """The application: give it to any ASGI server, or call `serve`.
 
@@ -227,7 +227,7 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     settings : ServiceSettings, optional
         By default `load_settings()`.
     metrics_folder : str or Path, optional
-        Shared by several worker processes.
+        Shared by several worker processes, for their counters and sessions.
 
     Returns
     -------
@@ -250,8 +250,8 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
         add(app)
     from medimg.deployment.dicomweb import router
     app.include_router(router(app), prefix="/dicom-web")
-    if settings.review and settings.workers == 1:
-        _add_page(app)
+    if settings.review:
+        _add_page(app, metrics_folder)
     _describe(app)
     return app
 
@@ -266,7 +266,7 @@ async def _lifespan(app):
     await app.state.handler.stop()
     await app.state.auditor.close()
 
-# %% ../../nbs/deployment/06_service.ipynb #0382a4c4
+# %% ../../nbs/deployment/06_service.ipynb #3d111e57
 def users_file(settings):
     """Where the people who may sign in are kept: `Users(users_file(settings))`.
 
@@ -305,8 +305,8 @@ def page_action(method: str, path: str) -> str | None:
     """
     place = path.removeprefix("/review").strip("/").split("/")
     if method == "POST":
-        return "label:write" if place[-1] == "label" else place[0] if place[0] in ("login", "logout") else "page:unknown"
-    return {"static": None, "login": None, "": "worklist:read", "thumb": "worklist:read"}.get(place[0], "study:read")
+        return {"label": "label:write", "ask": "predict:run", "stop": "job:cancel"}.get(place[-1]) or (place[0] if place[0] in ("login", "logout") else "page:unknown")
+    return {"static": None, "login": None, "": "worklist:read", "thumb": "worklist:read", "job": "job:read"}.get(place[0], "study:read")
 
 
 async def _held(scope, receive, settings):
@@ -318,8 +318,9 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #c19981db
-def _page_auth(settings, store):
+# %% ../../nbs/deployment/06_service.ipynb #a4ac03b1
+def _page_auth(settings, store, shared=None):
+    """Users, sessions and the brake on guessing; the last two in a file of the folder `shared` when there are several workers."""
     from medimg.deployment.gate import peer_key
     from medimg.deployment.review import SessionAuth
     from medimg.deployment.sessions import LoginThrottle, Sessions, Users, sign_in
@@ -344,26 +345,27 @@ def _page_auth(settings, store):
         def audit(self, request, event):
             row = store.result(event["result"]) if event.get("result") else {}
             told = [label["verdict"] for label in store.labels(event["result"]) if label["id"] == event["label"]] if event.get("label") else []
-            request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None}
+            request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None, "bundle": event.get("bundle")}
 
-    users = Users(users_file(settings))
-    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users), throttle=LoginThrottle(), peer=lambda r: peer_key(r.client.host) if r.client else "")
+    users, file = Users(users_file(settings)), os.path.join(shared, "sessions.sqlite3") if shared else None
+    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
 
-# %% ../../nbs/deployment/06_service.ipynb #a5752a68
-def _add_page(app):
+# %% ../../nbs/deployment/06_service.ipynb #3cbd8752
+def _add_page(app, shared=None):
     from starlette.responses import RedirectResponse
 
     from medimg.deployment.review import router
     from medimg.deployment.store import Store
+    from medimg.deployment.stored import StudyJobs
     store = Store(app.state.settings.folder, max_instance_bytes=app.state.settings.max_body_mb << 20)
-    app.include_router(router(store, auth=_page_auth(app.state.settings, store)))
+    app.include_router(router(store, auth=_page_auth(app.state.settings, store, shared), models=StudyJobs(app.state.handler)))
     app.add_route("/review", lambda request: RedirectResponse(f"{request.scope.get('root_path', '')}/review/", 303), include_in_schema=False)
 
 
 def _page_facts(app, scope, who):
     """What the audit log says of a request to the page beside what it says of all."""
     told, place = scope["state"].get("page") or {}, scope["path"].removeprefix("/review/").removeprefix("pixels/").split("/")
-    facts = {k: told[k] for k in ("reason", "verdict", "actor") if told.get(k)}
+    facts = {k: told[k] for k in ("reason", "verdict", "actor", "bundle") if told.get(k)}
     if who is None:
         facts = {"outcome": "refused", "reason": "session", **facts}
     name = place[1].partition(".")[0] if len(place) > 1 else ""
@@ -712,16 +714,14 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #11f2da43
+# %% ../../nbs/deployment/06_service.ipynb #f5720ca0
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
 
     from medimg.deployment.sessions import Users
     found = [f"warning: {line}" for line in weaknesses(settings)]
-    if settings.review and settings.workers > 1:
-        found.append("note: no review page, for its sessions live in one process: set workers to 1")
-    elif settings.review and not Users(users_file(settings), hasher=object()).users():
+    if settings.review and not Users(users_file(settings), hasher=object()).users():
         found.append("note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician")
     for line in found:
         print(line, file=sys.stderr, flush=True)

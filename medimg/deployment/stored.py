@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['image_paths', 'studies_in', 'load_stored', 'latest_prior', 'read_context', 'context_in', 'asked_of', 'Given',
-           'given_of', 'dicom_of', 'keep', 'answer_stored']
+           'given_of', 'StudyJobs', 'dicom_of', 'keep', 'answer_stored']
 
-# %% ../../nbs/deployment/06l_stored.ipynb #bc9d04e7
+# %% ../../nbs/deployment/06l_stored.ipynb #4eb5d0fd
 import asyncio
 import json
 import re
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .batching import Overloaded
 from .front import BadRequest, NotFound, parts_of
-from .jobs import error_record
+from .jobs import error_record, watch
 from ..errors import DatasetError, MedimgError
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -354,6 +354,64 @@ async def given_of(handler, bundle: str | None, study_uid: str | None, asked: di
                 raise
             notes = (f"not compared with the earlier study ({error.what})",)
     return Given(asked.get("context"), before, notes)
+
+# %% ../../nbs/deployment/06l_stored.ipynb #9fb5ebd7
+class StudyJobs:
+    """What the [review page](06b_review.ipynb) asks of a service: which bundles there are, and jobs on kept studies.
+
+    Parameters
+    ----------
+    handler : Handler
+        Started before the first call.
+
+    Examples
+    --------
+    >>> StudyJobs(handler).bundles()[0]["name"]                                             # doctest: +SKIP
+    'phantom-nodules'
+    """
+
+    def __init__(self, handler):
+        self._handler = handler
+
+    def bundles(self) -> list:
+        """One dict for each served bundle: `name`, `version`, `task`, `modalities`."""
+        served = [b.bundle for b in self._handler.batchers.values()]
+        return [{"name": b.name, "version": b.version, "task": b.task, "modalities": tuple(b.manifest["input"]["modality"] or ())} for b in served]
+
+    def submit(self, study_uid: str, *, bundle: str, prior: str | None, context: dict | None, owner: str) -> str:
+        """Start a job; its number. The arguments are those of `asked_of`, and `owner`, who asks.
+
+        Parameters
+        ----------
+        study_uid, bundle, prior, context, owner
+        """
+        from medimg.deployment.recommend import PatientContext
+        served = self._handler.batcher(bundle).bundle
+        PatientContext.from_dict(context or {})
+        asked = asked_of(self._handler.store, served, study_uid, prior=prior, context=context)
+        return self._handler.jobs.submit(None, owner=owner, bundle=served.name, study_uid=study_uid, asked=asked)
+
+    def job(self, number: str, principal) -> dict:
+        """The row of a job on a kept study; NotFound for one of somebody else, unless the principal is an administrator.
+
+        Parameters
+        ----------
+        number : str
+        principal : object
+            With `name` and `role`.
+        """
+        row = self._handler.jobs.get(number)
+        if not row["study_uid"] or principal.role != "admin" and row["owner"] != principal.name:
+            raise NotFound("no such job", remedy="jobs are kept for a day")
+        return row
+
+    def events(self, number: str):
+        """The progress of a job by its number, see `medimg.deployment.jobs.watch`."""
+        return watch(self._handler.jobs, number, stop=self._handler.draining)
+
+    def cancel(self, number: str) -> dict:
+        """Stop a job by its number."""
+        return self._handler.jobs.cancel(number)
 
 # %% ../../nbs/deployment/06l_stored.ipynb #b3ec5d2f
 def dicom_of(store, record) -> list:
