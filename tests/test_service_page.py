@@ -94,12 +94,19 @@ def finished_job(client, place, seconds=90):
     return row
 
 
-@pytest.mark.parametrize("prior", ["latest", "named"])
-def test_a_job_takes_facts_and_an_earlier_study_as_the_command_line_does(site, prior):
-    """What `medimg predict ct1 --prior ct0 --context facts.json` says is what the job says."""
+FACTS = {"age_years": 61, "screening": True, "smoker": True, "prior_category": "3"}
+
+
+@pytest.fixture(scope="module")
+def here(site):
+    """What `medimg predict phantom-nodules ct1 --prior ct0 --context facts.json` says of the same files."""
     from medimg.deployment.study import assess
-    facts = {"age_years": 61, "screening": True, "smoker": True, "prior_category": "3"}
-    here = assess("phantom-nodules", site.folder / "ct1", prior=site.folder / "ct0", context=facts, progress=False)[0].to_dict()
+    return assess("phantom-nodules", site.folder / "ct1", prior=site.folder / "ct0", context=FACTS, progress=False)[0].to_dict()
+
+
+@pytest.mark.parametrize("prior", ["latest", "named"])
+def test_a_job_takes_facts_and_an_earlier_study_as_the_command_line_does(site, here, prior):
+    facts = FACTS
     with site.running.client() as client:
         sent = client.post(f"/v1/jobs?study_uid={site.uid}&bundle=phantom-nodules&prior={site.prior if prior == 'named' else prior}", json=facts)
         assert sent.status_code == 202, sent.text

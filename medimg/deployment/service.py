@@ -714,7 +714,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #f5720ca0
+# %% ../../nbs/deployment/06_service.ipynb #bf07c1bc
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
@@ -722,7 +722,8 @@ def _hints(settings):
     from medimg.deployment.sessions import Users
     found = [f"warning: {line}" for line in weaknesses(settings)]
     if settings.review and not Users(users_file(settings), hasher=object()).users():
-        found.append("note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician")
+        where = f" --store {settings.store}" if settings.store else ""
+        found.append(f"note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician{where}")
     for line in found:
         print(line, file=sys.stderr, flush=True)
 
