@@ -505,7 +505,7 @@ def _job_routes(app):
         _own_job(app, request, number)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-# %% ../../nbs/deployment/06_service.ipynb #77b559fa
+# %% ../../nbs/deployment/06_service.ipynb #7305e73d
 async def _submitted(app, request):
     from medimg.deployment.stored import asked_of, context_in, read_context
     handler, settings = app.state.handler, app.state.settings
@@ -537,7 +537,7 @@ def _own_job(app, request, number):
         raise NotFound("no such job", remedy="jobs are kept for a day")
     return row
 
-
+# %% ../../nbs/deployment/06_service.ipynb #bc10c3fb
 def _result_routes(app):
     @app.get("/v1/results", summary="Kept answers, newest first", tags=["results"])
     async def results(study_uid: str | None = None, limit: int = 100):

@@ -35,7 +35,7 @@ class _Checked:
         """Whether only this machine can connect."""
         return _is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #6e18f825
+# %% ../../nbs/deployment/06i_settings.ipynb #12a15174
 @dataclass(frozen=True)
 class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""

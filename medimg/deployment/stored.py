@@ -355,7 +355,7 @@ async def given_of(handler, bundle: str | None, study_uid: str | None, asked: di
             notes = (f"not compared with the earlier study ({error.what})",)
     return Given(asked.get("context"), before, notes)
 
-# %% ../../nbs/deployment/06l_stored.ipynb #9fb5ebd7
+# %% ../../nbs/deployment/06l_stored.ipynb #753accd8
 class StudyJobs:
     """What the [review page](06b_review.ipynb) asks of a service: which bundles there are, and jobs on kept studies.
 
@@ -406,11 +406,21 @@ class StudyJobs:
         return row
 
     def events(self, number: str):
-        """The progress of a job by its number, see `medimg.deployment.jobs.watch`."""
+        """The progress of a job, see `medimg.deployment.jobs.watch`.
+
+        Parameters
+        ----------
+        number : str
+        """
         return watch(self._handler.jobs, number, stop=self._handler.draining)
 
     def cancel(self, number: str) -> dict:
-        """Stop a job by its number."""
+        """Stop a job.
+
+        Parameters
+        ----------
+        number : str
+        """
         return self._handler.jobs.cancel(number)
 
 # %% ../../nbs/deployment/06l_stored.ipynb #b3ec5d2f
