@@ -176,6 +176,16 @@ def test_the_page_asks_a_model(site):
     assert {(e["actor"], e["outcome"]) for e in log} >= {("dr.wu", "ok"), ("dr.wu", "refused"), ("guest", "refused")} and any(e.get("bundle") == "phantom-nodules" and e.get("study") for e in log)
 
 
+def test_a_login_from_this_page_only(site):
+    """What browsers send with the form: our origin, or null where a policy hides it; a form on another site is refused."""
+    form = {"name": "dr.wu", "secret": PASSWORD}
+    assert httpx.get(f"{site.base}/review/login").headers.get_list("referrer-policy") == ["same-origin"]
+    for headers, status in (({"origin": site.base, "referer": f"{site.base}/review/login", "sec-fetch-site": "same-origin"}, 303), ({"origin": "null", "sec-fetch-site": "same-origin"}, 303), ({}, 303),
+                            ({"origin": "https://evil.example", "sec-fetch-site": "cross-site"}, 403), ({"origin": "https://evil.example"}, 403), ({"origin": "null", "sec-fetch-site": "cross-site"}, 403)):
+        answer = httpx.post(f"{site.base}/review/login", data=form, headers=headers)
+        assert answer.status_code == status and bool(answer.cookies) == (status == 303), headers
+
+
 def test_a_job_of_the_page_is_stopped(site):
     doctor = signed_in(site, "dr.wu")
     token = csrf_of(doctor.get(f"/review/study/{site.uid}").text)
@@ -361,5 +371,54 @@ def test_a_doctor_disagrees_in_a_browser(site):
         page.wait_for_selector(".saved")
         label = site.store.labels()[-1]
         assert len(site.store.labels()) == before + 1 and (label["user"], label["verdict"], label["comment"]) == ("dr.wu", "disagree", "a vessel")
+        browser.close()
+    assert errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_reader_asks_a_model_by_keyboard(site, scripts, tmp_path_factory):
+    """Tab to the form, type, Enter; progress; the answer opens by itself, with scripts and without. Nothing serious for axe."""
+    path = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if path is None:
+        pytest.skip("no chromium found; remedy: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+    from test_browser import SHOTS
+    from test_review import axe_source, serious
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        page = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="dark" if scripts else "light", java_script_enabled=scripts).new_page()
+        errors, origins = [], []
+        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") and "getImageData" not in m.text else None)
+        page.on("request", lambda r: origins.append(r.headers.get("origin")) if r.method == "POST" else None)
+        page.goto(f"{site.base}/review/login")
+        page.fill("[name=name]", "dr.wu")
+        page.fill("[name=secret]", PASSWORD)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/")
+        page.goto(f"{site.base}/review/study/{site.prior}{'' if scripts else '?lang=zh'}")
+        page.wait_for_selector(".pane[data-loaded=all]" if scripts else ".ask", timeout=60_000)
+        page.locator(".ask [name=bundle]").focus()
+        page.keyboard.press("Tab")
+        assert page.locator(".ask [name=prior]:focus").count() == 1
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")                                # opens the facts
+        page.keyboard.press("Tab")
+        page.keyboard.type("61")
+        assert page.locator("[name=fact_age_years]").input_value() == "61"
+        page.screenshot(path=SHOTS / f"ask-{scripts}.png")
+        axe = axe_source(tmp_path_factory.mktemp("axe")) if scripts else None
+        assert not scripts or serious(page, axe) == []
+        before = len(site.store.results(site.prior))
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/job/*")
+        page.screenshot(path=SHOTS / f"job-{scripts}.png")
+        assert page.locator("[role=status]").inner_text() and page.locator("progress").count() == 1
+        assert not scripts or serious(page, axe) == []
+        page.wait_for_url("**/review/result/*", timeout=120_000)
+        assert len(site.store.results(site.prior)) == before + 1 and set(origins) == {site.base}
+        assert site.store.results(site.prior)[0]["record"]["status"] == "answered"
+        page.screenshot(path=SHOTS / f"answer-{scripts}.png")
         browser.close()
     assert errors == []
