@@ -168,6 +168,9 @@ def test_the_page_asks_a_model(site):
     assert answer.url.path == f"/review/result/{kept[0]['id']}" and len(kept) == before + 1
     record = kept[0]["record"]
     assert record["status"] == "answered" and any((r["inputs_used"] or {}).get("screening") is True for r in record["recommendations"])
+    later, earlier = doctor.get(f"/review/study/{site.uid}"), doctor.get(f"/review/study/{site.prior}")
+    assert later.url.path.startswith("/review/result/") and f"?prior={site.prior}" in later.text              # a study with an answer opens with it
+    assert earlier.url.path == answer.url.path and f"?prior={site.uid}" not in earlier.text                   # what is later is no prior
     other = signed_in(site, "guest")
     assert other.get(work.url.path).status_code == 404 and 'name="bundle"' not in other.get(f"/review/study/{site.prior}").text
     assert other.post(f"/review/study/{site.prior}/ask", data={**form, "csrf": csrf_of(other.get("/review/").text)}).status_code == 403

@@ -622,15 +622,16 @@ def _list_routes(site):
     yield "/", ["GET"], None, home, False
     yield "/static/{name}", ["GET"], None, static, True
 
-# %% ../../nbs/deployment/06b_review.ipynb #9c3c6403
+# %% ../../nbs/deployment/06b_review.ipynb #0314c04d
 def _study_of(store, uid):
     return next(iter(store.studies(study_uid=uid)), None) if uid else None
 
 
 def _priors(store, study):
-    """Other studies of the same patient, newest first."""
+    """Other studies of the same patient that are not known to be later, newest first."""
     same = store.studies(patient_id=study["patient_id"].replace("*", "?"), limit=50) if study and study["patient_id"] else []
-    mine = [s for s in same if s["patient_id"] == study["patient_id"] and s["study_uid"] != study["study_uid"] and s["instances"]] if study else []
+    mine = [s for s in same if s["patient_id"] == study["patient_id"] and s["study_uid"] != study["study_uid"] and s["instances"]
+            and (not study["study_date"] or (s["study_date"] or "") <= study["study_date"])] if study else []
     return sorted(mine, key=lambda s: s["study_date"] or "", reverse=True)
 
 
@@ -754,7 +755,7 @@ def _ask_routes(site):
         yield "/job/{number}/events", ["GET"], "job:read", events, True
         yield "/job/{number}/stop", ["POST"], "job:cancel", stop, False
 
-# %% ../../nbs/deployment/06b_review.ipynb #17d6d3a9
+# %% ../../nbs/deployment/06b_review.ipynb #03e5274a
 def _result_of(site, request):
     text = request.path_params["result_id"]
     if not text.isascii() or not text.isdigit() or len(text) > 18:
@@ -773,6 +774,8 @@ def _page_routes(site):
         study = _study_of(site.store, request.path_params["study_uid"])
         if study is None:
             raise _Refused(404, "not_found", "no such study")
+        if kept := site.store.results(study["study_uid"], limit=1):            # not "no model was asked"
+            return RedirectResponse(f"{site.base(request)}/result/{kept[0]['id']}", 303)
         return _study_page(site, request, principal, lang, None, study)
 
     def label(request, principal, lang, form):
