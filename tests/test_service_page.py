@@ -42,7 +42,7 @@ def site(tmp_path_factory):
         client.store_instances(datasets[visit])
     uid, prior = (datasets[visit][0].StudyInstanceUID for visit in (1, 0))
     with running.client() as asked:
-        answer = asked.post(f"/v1/studies/{uid}/predict?bundle=phantom-nodules&prior={prior}", json={"screening": True}, timeout=60)
+        answer = asked.post(f"/v1/studies/{uid}/predict?bundle=phantom-nodules&prior={prior}", json={"screening": True}, timeout=240)
     assert answer.status_code == 200, answer.text
     result = answer.json()["results"][0]
     yield SimpleNamespace(running=running, base=running.base, outside=client, uid=uid, prior=prior, result=result, n=len(datasets[1]), folder=folder, store=Store(folder / "store"))
