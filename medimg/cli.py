@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'DataOption', 'Quiet', 'ContextFile', 'AllowUnsigned', 'PriorPath', 'data_app', 'runs_app',
-           'bundle_app', 'KeyFile', 'trust_app', 'key_app', 'user_app', 'audit_app', 'StoreFolder', 'scan', 'read',
-           'volume_facts', 'write_volume', 'data_list', 'data_info', 'data_fetch', 'data_check', 'data_sheet',
-           'data_leaks', 'deidentify', 'train', 'tune', 'evaluate', 'explain', 'explained_text', 'metrics_text',
-           'reproduce', 'runs_list', 'runs_compare', 'runs_plot', 'update', 'bundle_list', 'bundle_inspect',
-           'bundle_verify', 'bundle_diff', 'bundle_sign', 'bundle_encrypt', 'bundle_decrypt', 'bundle_build',
-           'trust_init', 'trust_add', 'trust_list', 'trust_remove', 'predict', 'report', 'serve', 'key_add', 'key_list',
-           'key_revoke', 'user_add', 'user_password', 'user_role', 'user_disable', 'user_list', 'audit_verify',
-           'audit_rotate', 'watch', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
+           'bundle_app', 'KeyFile', 'trust_app', 'key_app', 'user_app', 'audit_app', 'StoreFolder', 'store_app',
+           'KeptFolder', 'scan', 'read', 'volume_facts', 'write_volume', 'data_list', 'data_info', 'data_fetch',
+           'data_check', 'data_sheet', 'data_leaks', 'deidentify', 'train', 'tune', 'evaluate', 'explain',
+           'explained_text', 'metrics_text', 'reproduce', 'runs_list', 'runs_compare', 'runs_plot', 'update',
+           'bundle_list', 'bundle_inspect', 'bundle_verify', 'bundle_diff', 'bundle_sign', 'bundle_encrypt',
+           'bundle_decrypt', 'bundle_build', 'trust_init', 'trust_add', 'trust_list', 'trust_remove', 'predict',
+           'report', 'serve', 'key_add', 'key_list', 'key_revoke', 'user_add', 'user_password', 'user_role',
+           'user_disable', 'user_list', 'audit_verify', 'audit_rotate', 'store_verify', 'store_labels', 'review',
+           'watch', 'answers_text', 'demo', 'doctor', 'diagnose', 'main']
 
 # %% ../nbs/foundations/cli.ipynb #3b9b1758
 import json
@@ -868,6 +869,80 @@ def audit_rotate(log: Path, head: Annotated[Path | None, typer.Option(help="The 
     from medimg.deployment.audit import AuditLog
     AuditLog(log, _audit_key(log, "AUDIT_KEY_OLD"), head=head).rotate(_audit_key(log))
     typer.echo("the log goes on with the new key")
+
+# %% ../nbs/foundations/cli.ipynb #e4386c68
+store_app = typer.Typer(no_args_is_help=True, help="The folder of a service: verify, labels.")
+app.add_typer(store_app, name="store")
+KeptFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a service, with store.sqlite3 in it.")]
+
+
+def _kept(folder):
+    """The store in a folder; unlike a service, these verbs make none."""
+    from medimg.deployment.store import Store
+    if not (folder / "store.sqlite3").is_file():
+        raise ConfigError("there is no store here", path=folder, remedy="name the folder that medimg serve --store was given")
+    return Store(folder)
+
+
+@store_app.command("verify")
+def store_verify(folder: KeptFolder, as_json: AsJson = False):
+    """Read everything again: instances and arrays there and unchanged, no file without a row, rows that agree. A line for each fault; exit code 1 when there is one."""
+    from medimg.deployment.store import faults, verify
+    report = verify(_kept(folder))
+    found = faults(report)
+    _say({**report, "ok": not found}, "\n".join([*found, f"{report['checked']} instances, {len(found)} faults"]), as_json)
+    raise typer.Exit(1 if found else 0)
+
+# %% ../nbs/foundations/cli.ipynb #a1b138fc
+@store_app.command("labels")
+def store_labels(folder: KeptFolder, out: Annotated[Path, typer.Option(help="A new folder: pictures by class and patients.csv, for medimg update. NAME.csv or NAME.json: the table of all verdicts.")],
+                 as_json: AsJson = False):
+    """Take out what the readers said: agreed, disagreed, edited."""
+    from medimg.deployment.store import export_labels
+    store = _kept(folder)
+    if out.suffix.lower() in (".csv", ".json"):
+        rows = _verdicts(store)
+        _write_table(rows, out)
+        return _say({"labels": len(rows), "written": str(out)}, f"{len(rows)} verdicts: {out}", as_json)
+    done = export_labels(store, out)
+    lines = [f"{n} {label}" for label, n in sorted(done["images"].items())] + [f"left out: result {number} ({why})" for number, why in done["left_out"].items()]
+    said = f"next: medimg update BUNDLE --with {out} --patients {out / 'patients.csv'} --out NEW" if done["images"] else "nothing was labelled"
+    return _say({**done, "written": str(out)}, "\n".join([*lines, said]), as_json)
+
+
+def _verdicts(store):
+    kept = {row["id"]: row["record"] for row in store.results(limit=1 << 31)}
+    model = {number: record["model"] or {} for number, record in kept.items()}
+    return [{"label_id": row["id"], "result_id": (number := row["result_id"]), "model": model[number].get("name"), "version": model[number].get("version"), "answer": kept[number]["label"],
+             **{k: row[k] for k in ("verdict", "label", "user", "comment", "findings", "created")}} for row in store.labels()]
+
+
+def _write_table(rows, out):
+    """JSON, or CSV whose cells no spreadsheet takes for a formula."""
+    import csv
+    import io
+    from medimg.config import write_atomic
+    if out.suffix.lower() == ".json":
+        return write_atomic(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(rows[0] if rows else ["label_id", "result_id", "verdict", "label"])
+    for row in rows:
+        cells = ["" if v is None else json.dumps(v) if isinstance(v, list) else str(v) for v in row.values()]
+        table.writerow([f"'{c}" if c[:1] in ("=", "+", "-", "@", "\t") else c for c in cells])
+    return write_atomic(out, text.getvalue())
+
+# %% ../nbs/foundations/cli.ipynb #2c4b57d5
+@app.command()
+def review(folder: KeptFolder, bundle: Annotated[list[str] | None, typer.Option(help="A bundle that the page may ask; may be repeated. Default: pneumonia.")] = None,
+           port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine only.")] = 8000, allow_unsigned: AllowUnsigned = False):
+    """Open the review page on the folder of a service, for this machine only, until stopped."""
+    from medimg.deployment.service import serve as listen
+    from medimg.deployment.settings import load_settings
+    _kept(folder)
+    settings = load_settings(store=str(folder), bundles=tuple(bundle) if bundle else None, host="127.0.0.1", port=port, review=True, allow_unsigned=allow_unsigned or None)
+    typer.echo(f"the review page: http://127.0.0.1:{port}/review/", err=True)
+    listen(settings)
 
 # %% ../nbs/foundations/cli.ipynb #8399be2e
 @app.command()

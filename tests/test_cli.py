@@ -35,7 +35,7 @@ def mistake(*arguments, cwd=None, words=(), env=None):
 
 def test_every_command_has_help():
     top = medimg("--help", check=0).stdout
-    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "trust", "predict", "report", "demo", "doctor", "deidentify"):
+    for verb in ("scan", "read", "data", "train", "tune", "runs", "update", "evaluate", "reproduce", "bundle", "trust", "predict", "report", "demo", "doctor", "deidentify", "store", "review"):
         assert verb in top
         assert "--help" in medimg(verb, "--help", check=0).stdout
 
@@ -275,3 +275,71 @@ def test_demo_is_complete_and_quick_enough_to_love(tmp_path):
             assert "Error" not in subprocess.run(["dciodvfy", "-new", path], capture_output=True, text=True).stderr
     assert summary["heat_map"]["share_inside"] > summary["heat_map"]["lesion_share"], "the heat map points no better than chance"
     assert "research use" in (tmp_path / "demo" / "report.html").read_text().lower()
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A store with a scan and two answers, one of which two readers judged."""
+    from medimg.deployment.prediction import Prediction
+    from medimg.deployment.store import Store
+    store = Store(tmp_path / "kept")
+    store.add_instance(Path(CT).read_bytes())
+    for k in range(2):
+        store.add_result(Prediction("answered", f"{k}.png", task="binary", classes=("normal", "ill"), label="ill", probability={"normal": 0.1, "ill": 0.9}, picture=np.full((8, 8), k, "uint8")))
+    store.add_label(1, user="dr.wu", verdict="disagree", label="normal", comment="=1+1, a \"rib\",\nno more")
+    store.add_label(2, user="dr.wu", verdict="agree")
+    return store
+
+
+def test_a_store_is_verified(kept):
+    done = medimg("store", "verify", kept.folder, check=0)
+    assert done.stdout.splitlines() == ["1 instances, 0 faults"] and json.loads(medimg("store", "verify", kept.folder, "--json", check=0).stdout)["ok"] is True
+    file = next((kept.folder / "instances").rglob("*.dcm"))
+    file.write_bytes(file.read_bytes() + b"x")
+    done = medimg("store", "verify", kept.folder, check=1)
+    assert done.stdout.splitlines()[0].startswith("damaged: instance 1.3.6.1.4.1.5962") and "1 faults" in done.stdout and not done.stderr
+    (kept.folder / "store.sqlite3").write_bytes(b"no database" * 1000)
+    for rest in ("-wal", "-shm"):
+        (kept.folder / f"store.sqlite3{rest}").unlink(missing_ok=True)
+    mistake("store", "verify", kept.folder, words=["no store"])
+
+
+def test_no_verb_makes_a_store(tmp_path):
+    for arguments in (("store", "verify", tmp_path), ("store", "labels", tmp_path, "--out", tmp_path / "x"), ("review", tmp_path)):
+        mistake(*arguments, words=["there is no store here"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verdicts_leave_as_table_and_as_pictures(kept, tmp_path):
+    import csv
+    medimg("store", "labels", kept.folder, "--out", tmp_path / "labels.csv", check=0)
+    medimg("store", "labels", kept.folder, "--out", tmp_path / "labels.json", check=0)
+    with open(tmp_path / "labels.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["result_id"], r["verdict"], r["label"], r["answer"], r["user"]) for r in rows] == [("1", "disagree", "normal", "ill", "dr.wu"), ("2", "agree", "ill", "ill", "dr.wu")]
+    assert rows[0]["comment"] == "'=1+1, a \"rib\",\nno more" and json.loads((tmp_path / "labels.json").read_text())[0]["comment"].startswith("=1+1")
+    done = medimg("store", "labels", kept.folder, "--out", tmp_path / "new", check=0)
+    assert "medimg update" in done.stdout and {p.parent.name for p in (tmp_path / "new").rglob("*.png")} == {"normal", "ill"}
+    mistake("store", "labels", kept.folder, "--out", tmp_path / "new", words=["not empty"])
+
+
+def test_review_opens_the_page_on_a_store(kept):
+    import socket
+    import urllib.request
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "medimg.cli", "review", str(kept.folder), "--port", str(port), "--bundle", "phantom-cxr"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/review/", timeout=5) as page:
+                    assert page.url.endswith("/review/login") and b'name="secret"' in page.read()
+                break
+            except OSError:
+                time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 0 and f"http://127.0.0.1:{port}/review/" in said and f"medimg user add NAME --role clinician --store {kept.folder}" in said, said

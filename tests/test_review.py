@@ -210,7 +210,7 @@ def test_both_languages_say_the_same():
         assert sorted(re.findall(r"\{(\w+)\}", english)) == sorted(re.findall(r"\{(\w+)\}", chinese)), key
     used = {k for p in (checks.ROOT / "medimg/deployment/web").glob("review_*.j2") for k in re.findall(r'say\("(\w[\w ]*)"', p.read_text())}
     used |= set(re.findall(r'say\("(\w+)"', Path(checks.ROOT / "medimg/deployment/review.py").read_text() + Path(checks.ROOT / "medimg/deployment/worklist.py").read_text()))
-    assert used <= {*_catalogue()["words"], "outline", "band_", "v_", "order_"} and not any(ord(c) > 0x2E80 for english, _ in _catalogue()["words"].values() for c in english.replace("中文", ""))
+    assert used <= {*_catalogue()["words"], "outline", "band_", "v_", "order_", "fact_", "job_"} and not any(ord(c) > 0x2E80 for english, _ in _catalogue()["words"].values() for c in english.replace("中文", ""))
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------------------
@@ -618,3 +618,20 @@ def test_hostile_name_in_a_browser(chrome, tmp_path):
     page.close()
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.mark.parametrize("kept, level, group, english, column, chinese", [
+    (["pneumonia"], 0.9, 1, "Prediction set: pneumonia. Everything else is excluded at 90 %.", "far from the threshold", "在 90 % 的水平上，其余均可排除"),
+    (["normal", "pneumonia"], 0.9, 1, "Prediction set: cannot tell normal from pneumonia at 90 %. Read the answer as “one of these”.", "cannot tell normal from pneumonia at 90 %", "在 90 % 的水平上无法区分"),
+    (["normal", "pneumonia"], None, 1, "cannot tell normal from pneumonia at the stated level", "cannot tell normal from pneumonia at the stated level", "在所声明的水平上无法区分"),
+    ([], 0.95, 1, "Prediction set: empty, unlike both normal and pneumonia at 95 %.", "unlike both normal and pneumonia", "均不相符"),
+    (None, None, 1, "No prediction set is stated", "far from the threshold", "未给出预测集合")])
+def test_what_a_prediction_set_says(kept, level, group, english, column, chinese):
+    from medimg.deployment.worklist import certainty, in_words
+    record = {"status": "answered", "task": "binary", "classes": ["normal", "pneumonia"], "label": "pneumonia", "probability": {"normal": 0.2, "pneumonia": 0.8}, "threshold": {"pneumonia": 0.5}, "findings": [],
+              "recommendations": [], "prediction_set": kept, "uncertainty": {"entropy_bits": 0.7, "note": "", **({"level": level} if level else {})}, "ood": None}
+    assert english in " ".join(in_words(record)) and chinese in " ".join(in_words(record, "zh")) and certainty(record) == column
+    assert band({"record": record})[0] == group
+    quiet = {**record, "label": "normal", "probability": {"normal": 0.9, "pneumonia": 0.1}}                # not urgent: the set decides between unsure and routine
+    assert band({"record": quiet})[:2] == {None: (4, "why_rest"), 0: (3, "why_empty"), 1: (3, "why_set"), 2: (3, "why_set")}[None if kept is None else len(kept)]
+    assert band({"record": {**quiet, "prediction_set": ["normal"]}})[:2] == (4, "why_rest")

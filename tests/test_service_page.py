@@ -1,8 +1,11 @@
 """A running service with its review page: a CT comes by DICOMweb, a bundle answers it, a doctor signs in and disagrees; who may not is refused; all of it is in the log."""
+import contextlib
 import json
+import os
 import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -39,7 +42,7 @@ def site(tmp_path_factory):
         client.store_instances(datasets[visit])
     uid, prior = (datasets[visit][0].StudyInstanceUID for visit in (1, 0))
     with running.client() as asked:
-        answer = asked.post(f"/v1/studies/{uid}/predict?bundle=phantom-nodules&prior={prior}", json={"screening": True}, timeout=60)
+        answer = asked.post(f"/v1/studies/{uid}/predict?bundle=phantom-nodules&prior={prior}", json={"screening": True}, timeout=240)
     assert answer.status_code == 200, answer.text
     result = answer.json()["results"][0]
     yield SimpleNamespace(running=running, base=running.base, outside=client, uid=uid, prior=prior, result=result, n=len(datasets[1]), folder=folder, store=Store(folder / "store"))
@@ -76,11 +79,125 @@ def test_a_kept_study_is_answered_and_given_back_as_dicom(site):
             assert ds.Modality == "SEG" or len(ds.ContentSequence) > 2
     with site.running.client() as client:
         job = client.post(f"/v1/jobs?study_uid={site.uid}&bundle=phantom-nodules").headers["location"]
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while (row := client.get(job).json())["state"] in ("queued", "running") and time.monotonic() < end:
             time.sleep(0.2)
         assert row["state"] == "done" and len(row["predictions"]) == 1               # our own report and picture are not images of it
         assert [f["volume_mm3"] for f in row["predictions"][0]["findings"]] == [f["volume_mm3"] for f in record["findings"]]
+
+
+def finished_job(client, place, seconds=240):
+    """The row of a job at its end."""
+    end = time.monotonic() + seconds
+    while (row := client.get(place).json())["state"] in ("queued", "running") and time.monotonic() < end:
+        time.sleep(0.2)
+    return row
+
+
+FACTS = {"age_years": 61, "screening": True, "smoker": True, "prior_category": "3"}
+
+
+@pytest.fixture(scope="module")
+def here(site):
+    """What `medimg predict phantom-nodules ct1 --prior ct0 --context facts.json` says of the same files."""
+    from medimg.deployment.study import assess
+    return assess("phantom-nodules", site.folder / "ct1", prior=site.folder / "ct0", context=FACTS, progress=False)[0].to_dict()
+
+
+@pytest.mark.parametrize("prior", ["latest", "named"])
+def test_a_job_takes_facts_and_an_earlier_study_as_the_command_line_does(site, here, prior):
+    facts = FACTS
+    with site.running.client() as client:
+        sent = client.post(f"/v1/jobs?study_uid={site.uid}&bundle=phantom-nodules&prior={site.prior if prior == 'named' else prior}", json=facts)
+        assert sent.status_code == 202, sent.text
+        row = finished_job(client, sent.headers["location"])
+    record = row["predictions"][0]
+    assert row["state"] == "done" and {f["growth"]["interval_days"] for f in record["findings"]} == {365} and here["findings"]
+    assert [f["growth"]["volume_doubling_days"] for f in record["findings"]] == [f["growth"]["volume_doubling_days"] for f in here["findings"]]
+    assert [(r["guideline"], r["status"], r["category"], r["rule"]) for r in record["recommendations"]] == [(r["guideline"], r["status"], r["category"], r["rule"]) for r in here["recommendations"]]
+    assert any(r["status"] == "applies" and r["category"] for r in record["recommendations"])
+
+
+@pytest.mark.parametrize("query, body, status, words", [
+    ("study_uid=UID", b'{"age_years": "old"}', 400, "age_years"), ("study_uid=UID", b'{"shoe_size": 42}', 400, "shoe_size"), ("study_uid=UID", b"{", 400, "no JSON"), ("study_uid=UID", b"[1]", 400, "by name"),
+    ("study_uid=UID", b'{"sex": ["F"]}', 400, "sex"), ("study_uid=UID&prior=1.2.3", b"", 404, "earlier study"), ("study_uid=UID&prior=UID", b"", 404, "earlier study"), ("study_uid=1.2.3", b"", 404, "no such study"),
+    ("prior=latest", b"x", 400, "earlier study"), ("study_uid=UID&bundle=none", b"", 404, "none")])
+def test_a_job_says_which_fact_is_wrong(site, query, body, status, words):
+    with site.running.client() as client:
+        before = len(client.get("/v1/jobs").json()["jobs"])
+        answer = client.post(f"/v1/jobs?{query.replace('UID', site.uid)}", content=body)
+        assert answer.status_code == status and answer.headers["content-type"] == "application/problem+json" and words in answer.text, answer.text
+        assert len(client.get("/v1/jobs").json()["jobs"]) == before
+
+
+def test_a_form_carries_facts_beside_its_file(site):
+    archive = shutil.make_archive(str(site.folder / "sent"), "zip", site.folder / "ct1")
+    with site.running.client() as client, open(archive, "rb") as file:
+        data = file.read()
+        bad = client.post("/v1/jobs", files={"context": (None, '{"risk": "some"}'), "file": ("ct.zip", data, "application/zip")})
+        assert bad.status_code == 400 and "risk cannot be 'some'" in bad.text
+        sent = client.post("/v1/jobs", files={"context": (None, '{"screening": true, "age_years": 61}'), "file": ("ct.zip", data, "application/zip")})
+        row = finished_job(client, sent.headers["location"])
+    used = [r["inputs_used"] for r in row["predictions"][0]["recommendations"]]
+    assert row["state"] == "done" and any(u.get("screening") is True for u in used), row
+
+
+def test_the_page_asks_a_model(site):
+    doctor = signed_in(site, "dr.wu")
+    page = doctor.get(f"/review/study/{site.prior}").text
+    assert 'name="bundle"' in page and "phantom-nodules" in page and "无" not in page and "请模型分析" in doctor.get(f"/review/study/{site.prior}?lang=zh").text
+    doctor.get("/review/?lang=en")
+    form = {"csrf": csrf_of(page), "bundle": "phantom-nodules", "prior": "latest", "fact_age_years": "61", "fact_screening": "yes"}
+    bad = doctor.post(f"/review/study/{site.prior}/ask", data={**form, "fact_age_years": "old"})
+    assert bad.status_code == 400 and "age_years cannot be" in bad.text
+    assert doctor.post(f"/review/study/{site.prior}/ask", data={**form, "bundle": "nothing"}).status_code == 404
+    assert doctor.post("/review/study/1.2.3/ask", data=form).status_code == 404
+    for wrong, headers in (({"csrf": ""}, {}), ({}, {"origin": "https://evil.example"})):
+        assert doctor.post(f"/review/study/{site.prior}/ask", data={**form, **wrong}, headers=headers).status_code == 403
+    before = len(site.store.results(site.prior))
+    work = doctor.post(f"/review/study/{site.prior}/ask", data=form)
+    assert work.status_code == 200 and work.url.path.startswith("/review/job/")
+    seen = {}
+    with doctor.stream("GET", f"{work.url.path}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            seen[line.partition(" ")[2]] = 1
+    assert "event: done".partition(" ")[2] in seen
+    answer = doctor.get(work.url.path)
+    kept = site.store.results(site.prior)
+    assert answer.url.path == f"/review/result/{kept[0]['id']}" and len(kept) == before + 1
+    record = kept[0]["record"]
+    assert record["status"] == "answered" and any((r["inputs_used"] or {}).get("screening") is True for r in record["recommendations"])
+    later, earlier = doctor.get(f"/review/study/{site.uid}"), doctor.get(f"/review/study/{site.prior}")
+    assert later.url.path.startswith("/review/result/") and f"?prior={site.prior}" in later.text              # a study with an answer opens with it
+    assert earlier.url.path == answer.url.path and f"?prior={site.uid}" not in earlier.text                   # what is later is no prior
+    other = signed_in(site, "guest")
+    assert other.get(work.url.path).status_code == 404 and 'name="bundle"' not in other.get(f"/review/study/{site.prior}").text
+    assert other.post(f"/review/study/{site.prior}/ask", data={**form, "csrf": csrf_of(other.get("/review/").text)}).status_code == 403
+    assert httpx.get(f"{site.base}{work.url.path}").status_code == 303 and httpx.get(f"{site.base}{work.url.path}/events").status_code == 401
+    log = [e for e in events(site) if e["action"] == "predict:run" and e.get("via") == "session"]
+    assert {(e["actor"], e["outcome"]) for e in log} >= {("dr.wu", "ok"), ("dr.wu", "refused"), ("guest", "refused")} and any(e.get("bundle") == "phantom-nodules" and e.get("study") for e in log)
+
+
+def test_a_login_from_this_page_only(site):
+    """What browsers send with the form: our origin, or null where a policy hides it; a form on another site is refused."""
+    form = {"name": "dr.wu", "secret": PASSWORD}
+    assert httpx.get(f"{site.base}/review/login").headers.get_list("referrer-policy") == ["same-origin"]
+    for headers, status in (({"origin": site.base, "referer": f"{site.base}/review/login", "sec-fetch-site": "same-origin"}, 303), ({"origin": "null", "sec-fetch-site": "same-origin"}, 303), ({}, 303),
+                            ({"origin": "https://evil.example", "sec-fetch-site": "cross-site"}, 403), ({"origin": "https://evil.example"}, 403), ({"origin": "null", "sec-fetch-site": "cross-site"}, 403)):
+        answer = httpx.post(f"{site.base}/review/login", data=form, headers=headers)
+        assert answer.status_code == status and bool(answer.cookies) == (status == 303), headers
+
+
+def test_a_job_of_the_page_is_stopped(site):
+    doctor = signed_in(site, "dr.wu")
+    token = csrf_of(doctor.get(f"/review/study/{site.uid}").text)
+    work = [doctor.post(f"/review/study/{site.uid}/ask", data={"csrf": token, "bundle": "phantom-nodules", "prior": ""}).url.path for _ in range(3)]
+    assert doctor.post(f"{work[-1]}/stop", data={"csrf": "x"}).status_code == 403
+    end = doctor.post(f"{work[-1]}/stop", data={"csrf": token})
+    assert end.url.path == work[-1] and "Stopped" in end.text and "EventSource" not in end.text
+    while any(doctor.get(place).url.path == place for place in work[:-1]):
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("path, body, status", [
@@ -185,6 +302,47 @@ def test_what_is_left_at_its_default_is_said_at_the_start(tmp_path):
         assert quiet.stop() == 0
 
 
+def test_a_login_at_one_worker_is_valid_at_the_other(tmp_path):
+    """Two workers; each request on a connection of its own lands at either. Session, form token, brake and logout hold at both."""
+    Users(tmp_path / "users.json").add("dr.wu", PASSWORD, "clinician")
+    pair = Running(tmp_path, bundle="phantom-cxr", decoders=1, workers=2, users=str(tmp_path / "users.json"))
+    try:
+        said = httpx.post(f"{pair.base}/review/login", data={"name": "dr.wu", "secret": PASSWORD}, headers={"connection": "close"})
+        assert said.status_code == 303, said.text
+        cookies = dict(said.cookies)
+        pages = [httpx.get(f"{pair.base}/review/", cookies=cookies, headers={"connection": "close"}) for _ in range(40)]
+        assert {p.status_code for p in pages} == {200} and len({csrf_of(p.text) for p in pages}) == 1
+        assert set(served_by(pair)) == set(workers_of(pair)) and len(workers_of(pair)) == 2
+        wrong = [httpx.post(f"{pair.base}/review/login", data={"name": "dr.wu", "secret": f"wrong {k}"}, headers={"connection": "close"}).status_code for k in range(14)]
+        log = [json.loads(line)["e"] for line in (tmp_path / "store" / "audit.jsonl").read_text().splitlines()]
+        assert wrong == [401] * 14 and sum(e.get("reason") == "password" for e in log if e.get("action") == "login") <= 8      # five, and one after each wait; not five for each worker
+        assert httpx.post(f"{pair.base}/review/logout", data={"csrf": csrf_of(pages[0].text)}, cookies=cookies).status_code == 303
+        assert {httpx.get(f"{pair.base}/review/", cookies=cookies, headers={"connection": "close"}).status_code for _ in range(20)} == {303}
+    finally:
+        assert pair.stop() == 0
+
+
+def workers_of(running):
+    """Process ids of the workers, as the kernel lists them."""
+    from test_service import children
+    return sorted(pid for pid in children(running.process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def served_by(running, tries=60):
+    """Which workers accept connections: each open connection is found among the sockets of one of them."""
+    import socket
+    held, found = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(tries)], set()
+    time.sleep(0.5)
+    inodes = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "01" and line.split()[1].endswith(f":{running.port:04X}")}
+    for pid in workers_of(running):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if (name := os.readlink(link)).startswith("socket:") and name[8:-1] in inodes:
+                    found.add(pid)
+    [s.close() for s in held]
+    return sorted(found)
+
+
 @pytest.mark.slow
 def test_a_doctor_disagrees_in_a_browser(site):
     path = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -216,5 +374,54 @@ def test_a_doctor_disagrees_in_a_browser(site):
         page.wait_for_selector(".saved")
         label = site.store.labels()[-1]
         assert len(site.store.labels()) == before + 1 and (label["user"], label["verdict"], label["comment"]) == ("dr.wu", "disagree", "a vessel")
+        browser.close()
+    assert errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_reader_asks_a_model_by_keyboard(site, scripts, tmp_path_factory):
+    """Tab to the form, type, Enter; progress; the answer opens by itself, with scripts and without. Nothing serious for axe."""
+    path = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if path is None:
+        pytest.skip("no chromium found; remedy: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+    from test_browser import SHOTS
+    from test_review import axe_source, serious
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        page = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="dark" if scripts else "light", java_script_enabled=scripts).new_page()
+        errors, origins = [], []
+        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") and "getImageData" not in m.text else None)
+        page.on("request", lambda r: origins.append(r.headers.get("origin")) if r.method == "POST" else None)
+        page.goto(f"{site.base}/review/login")
+        page.fill("[name=name]", "dr.wu")
+        page.fill("[name=secret]", PASSWORD)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/")
+        page.goto(f"{site.base}/review/study/{site.prior}{'' if scripts else '?lang=zh'}")
+        page.wait_for_selector(".pane[data-loaded=all]" if scripts else ".ask", timeout=60_000)
+        page.locator(".ask [name=bundle]").focus()
+        page.keyboard.press("Tab")
+        assert page.locator(".ask [name=prior]:focus").count() == 1
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")                                # opens the facts
+        page.keyboard.press("Tab")
+        page.keyboard.type("61")
+        assert page.locator("[name=fact_age_years]").input_value() == "61"
+        page.screenshot(path=SHOTS / f"ask-{scripts}.png")
+        axe = axe_source(tmp_path_factory.mktemp("axe")) if scripts else None
+        assert not scripts or serious(page, axe) == []
+        before = len(site.store.results(site.prior))
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/job/*")
+        page.screenshot(path=SHOTS / f"job-{scripts}.png")
+        assert page.locator("[role=status]").inner_text() and page.locator("progress").count() == 1
+        assert not scripts or serious(page, axe) == []
+        page.wait_for_url("**/review/result/*", timeout=120_000)
+        assert len(site.store.results(site.prior)) == before + 1 and set(origins) == {site.base}
+        assert site.store.results(site.prior)[0]["record"]["status"] == "answered"
+        page.screenshot(path=SHOTS / f"answer-{scripts}.png")
         browser.close()
     assert errors == []

@@ -20,7 +20,7 @@ from pydicom.data import get_testdata_file
 
 from medimg.data.imports import import_folder
 from medimg.deployment.prediction import STUDY_FIELDS, Prediction
-from medimg.deployment.store import Conflict, Store, StoreFull, check_uid, export_labels, verify
+from medimg.deployment.store import Conflict, Store, StoreFull, check_uid, export_labels, faults, verify
 from medimg.errors import ConfigError, DicomError, MedimgError, ServiceError
 
 
@@ -67,7 +67,7 @@ def test_a_uid_of_somebody_else_is_refused(store, changes, why):
     store.add_instance(dicom())
     with pytest.raises(Conflict, match=why):
         store.add_instance(dicom(SOPInstanceUID="1.2.3.4", **changes))
-    assert verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": []} and len(store.studies()) == 1
+    assert verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": [], "results": [], "index": []} and len(store.studies()) == 1
 
 
 @pytest.mark.parametrize("uid", ["../../../tmp/evil", "..", "/etc/passwd", "1.2/../../3", "1.2\\3", "1" * 65, "1..2", "1.2.", "abc", "1.2;rm", "%2e%2e", "", None])
@@ -161,7 +161,7 @@ def test_killed_between_file_and_row(tmp_path, where):
     assert len(store.studies()) == (where == "never")
     assert len(verify(store)["orphans"]) == (where in ("after rename", "in transaction"))
     again = store.add_instance(dicom())
-    assert again["new"] == (where != "never") and verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": []}
+    assert again["new"] == (where != "never") and verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": [], "results": [], "index": []}
 
 
 def test_killed_at_any_moment_loses_nothing_acknowledged(tmp_path):
@@ -205,7 +205,7 @@ def test_threads_at_once(store):
     with ThreadPoolExecutor(8) as pool:
         out = list(pool.map(send, range(8)))
     assert out.count(True) == 1 and out.count(None) == 7
-    assert verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": []}
+    assert verify(store) == {"checked": 1, "missing": [], "damaged": [], "orphans": [], "results": [], "index": []}
     answer = store.add_result(answered())
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda k: store.add_label(answer, user=f"u{k}", verdict="agree"), range(40)))
@@ -331,6 +331,24 @@ def test_a_class_cannot_leave_the_folder(store, tmp_path, name):
     with pytest.raises(ConfigError, match="cannot name a folder"):
         export_labels(store, tmp_path / "deep" / "out")
     assert not [p for p in tmp_path.rglob("*.png")]
+
+
+def test_every_fault_of_a_store_has_its_line(store):
+    """Planted by hand: a changed byte, a lost file, a stray file, a lost array, a row moved to another patient's study."""
+    kept = [store.add_instance(dicom(SOPInstanceUID=f"1.2.{k}")) for k in range(3)]
+    other = store.add_instance(dicom(SOPInstanceUID="1.2.9", StudyInstanceUID="1.9", SeriesInstanceUID="1.9.1", PatientID="other"))
+    answer = store.add_result(answered())
+    assert faults(verify(store)) == []
+    data = bytearray(kept[0]["path"].read_bytes())
+    data[-1] ^= 1
+    kept[0]["path"].write_bytes(data)
+    kept[1]["path"].unlink()
+    (store.folder / "instances" / "stray.dcm").write_bytes(b"x")
+    next((store.folder / "results").iterdir()).unlink()
+    with sqlite3.connect(store.folder / "store.sqlite3") as db:
+        db.execute("UPDATE series SET study_uid=? WHERE series_uid=?", (kept[2]["study_uid"], other["series_uid"]))
+    assert faults(verify(store)) == ["missing: instance 1.2.1", "damaged: instance 1.2.0", "orphan: instances/stray.dcm", f"damaged: arrays of result {answer}",
+                                     "index: instance 1.2.9 does not lie in its study and series"]
 
 
 def test_uids():

@@ -332,3 +332,21 @@ def test_the_command_on_folders_of_pictures(champion, tmp_path):
 def test_a_mistake_is_one_line(tmp_path, arguments, says):
     done = command(*arguments, "--out", tmp_path / "out", cache=tmp_path)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_doctors_said_becomes_the_data_of_an_update(champion, tmp_path):
+    """Verdicts in a store, taken out by `medimg store labels`, learned by `medimg update`: each picture under the class that its reader gave it."""
+    from medimg.deployment.prediction import STUDY_FIELDS, Prediction
+    from medimg.deployment.store import Store
+    store, said = Store(tmp_path / "kept"), NEW.labels[:240]
+    for k, (image, right) in enumerate(zip(NEW.images, said)):
+        study = dict.fromkeys(STUDY_FIELDS) | {"patient_key": str(NEW.patient_ids[k])}
+        number = store.add_result(Prediction("answered", f"{k}.png", task="binary", classes=NEW.classes, label="spot", probability={"empty": 0.4, "spot": 0.6}, picture=image, study=study))
+        store.add_label(number, user="dr.wu", verdict="agree" if right else "disagree", label=None if right else "empty")
+    out = subprocess.run([sys.executable, "-m", "medimg.cli", "store", "labels", str(store.folder), "--out", str(tmp_path / "new"), "--json"], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and json.loads(out.stdout)["images"] == {"empty": int((said == 0).sum()), "spot": int((said == 1).sum())}, out.stderr
+    done = command(champion / "bundle", "--with", tmp_path / "new", "--patients", tmp_path / "new" / "patients.csv", "--old", as_folder(OLD, tmp_path / "old"), "--out", tmp_path / "out", "--epochs", 1, "--n-boot", 100, "--json",
+                   cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 20 <= result["folds"]["new"]["n"] <= 120 and "patient" in result["folds"]["new"]["interval"] and "image-level" not in result["folds"]["new"]["interval"]

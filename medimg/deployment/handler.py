@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Gate', 'files_of', 'Handler', 'record_json']
 
-# %% ../../nbs/deployment/06j_handler.ipynb #fbdb8046
+# %% ../../nbs/deployment/06j_handler.ipynb #f3440140
 import asyncio
 import contextlib
+import json
 import os
 import time
 from dataclasses import fields
@@ -203,7 +204,7 @@ class _Loading(_Life):
             raise errors[0] if errors else BadRequest("no picture was found", remedy="send a DICOM, PNG, JPEG, NumPy or NIfTI file")
         return [record for record, _ in results]
 
-# %% ../../nbs/deployment/06j_handler.ipynb #4312526d
+# %% ../../nbs/deployment/06j_handler.ipynb #3dad56fc
 class _Answering(_Loading):
     async def _answered(self, batcher, source, study, deadline_s):
         try:
@@ -219,12 +220,13 @@ class _Answering(_Loading):
             return error_record(source, error), error
 
     async def _load(self, row):
+        from medimg.deployment.stored import given_of, load_stored
+        row["given"] = await given_of(self, row["bundle"], row["study_uid"], json.loads(row["asked"] or "{}"))
         if row["study_uid"]:
-            from medimg.deployment.stored import load_stored
             return await load_stored(self, row["study_uid"], self.batcher(row["bundle"]).bundle)
         return await self.load([(row["kind"], row["name"], await asyncio.to_thread(self.jobs.body, row["id"]))])
 
-# %% ../../nbs/deployment/06j_handler.ipynb #d70771ee
+# %% ../../nbs/deployment/06j_handler.ipynb #a093155f
 class Handler(_Answering):
     """Bundles, decoders, store and jobs of one worker process.
 
@@ -262,8 +264,7 @@ class Handler(_Answering):
 
     def _kept(self, row, record):
         from medimg.deployment.stored import keep
-        from medimg.deployment.study import finished
-        record = finished(record, task=self.batcher(row["bundle"]).bundle.task)
+        record = row["given"].ended(record, task=self.batcher(row["bundle"]).bundle.task)
         keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINISHED', 'Jobs', 'work_off', 'error_record', 'public', 'watch']
 
-# %% ../../nbs/deployment/06e_jobs.ipynb #a085ad3a
+# %% ../../nbs/deployment/06e_jobs.ipynb #85c950ab
 import asyncio
 import contextlib
 import json
@@ -23,10 +23,10 @@ from .prediction import Prediction
 from ..errors import MedimgError
 FINISHED = ("done", "failed", "cancelled")
 _TABLE = """CREATE TABLE IF NOT EXISTS jobs(id TEXT PRIMARY KEY, owner TEXT NOT NULL, bundle TEXT NOT NULL, kind TEXT, name TEXT, study_uid TEXT, state TEXT NOT NULL,
-  done INTEGER NOT NULL DEFAULT 0, total INTEGER, wanted TEXT, pid INTEGER, tries INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, changed REAL NOT NULL, error TEXT, records TEXT) STRICT;
+  done INTEGER NOT NULL DEFAULT 0, total INTEGER, wanted TEXT, pid INTEGER, tries INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, changed REAL NOT NULL, error TEXT, records TEXT, asked TEXT) STRICT;
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs(state, created)"""
 
-# %% ../../nbs/deployment/06e_jobs.ipynb #52fcbde1
+# %% ../../nbs/deployment/06e_jobs.ipynb #2ef570df
 class _JobTable:
     def __init__(self, folder, *, most: int = 100, keep_hours: float = 24.0):
         self.folder, self.most, self.keep_s, self._lock = Path(folder), most, keep_hours * 3600, threading.Lock()
@@ -35,15 +35,18 @@ class _JobTable:
         (self.folder / "jobs.sqlite3").chmod(0o600)
         self._db.row_factory = sqlite3.Row
         self._db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {_TABLE}")
+        if "asked" not in {row[1] for row in self._run("PRAGMA table_info(jobs)")}:            # of an earlier version
+            with contextlib.suppress(sqlite3.OperationalError):                                # another worker was faster
+                self._run("ALTER TABLE jobs ADD COLUMN asked TEXT")
         self._sweep()
 
     def _run(self, sql, *values):
         with self._lock:
             return self._db.execute(sql, values).fetchall()
 
-# %% ../../nbs/deployment/06e_jobs.ipynb #e0a7c96f
+# %% ../../nbs/deployment/06e_jobs.ipynb #35061008
 class _JobLine(_JobTable):
-    def submit(self, body: bytes | None, *, owner: str, bundle: str, kind: str = "", name: str = "", study_uid: str | None = None) -> str:
+    def submit(self, body: bytes | None, *, owner: str, bundle: str, kind: str = "", name: str = "", study_uid: str | None = None, asked: dict | None = None) -> str:
         """Keep a job; when this returns, `body` and row are on the disk.
 
         Parameters
@@ -58,6 +61,8 @@ class _JobLine(_JobTable):
             Of the body.
         study_uid : str, optional
             A study of the store.
+        asked : dict, optional
+            `context` and `prior`, see `medimg.deployment.stored.asked_of`.
 
         Returns
         -------
@@ -74,8 +79,8 @@ class _JobLine(_JobTable):
         number, now = secrets.token_hex(16), time.time()
         if body is not None:
             write_atomic(self.folder / f"{number}.body", body)
-        self._run("INSERT INTO jobs(id, owner, bundle, kind, name, study_uid, state, created, changed) VALUES(?,?,?,?,?,?,'queued',?,?)",
-                  number, owner, bundle, kind, name, study_uid, now, now)
+        self._run("INSERT INTO jobs(id, owner, bundle, kind, name, study_uid, state, created, changed, asked) VALUES(?,?,?,?,?,?,'queued',?,?,?)",
+                  number, owner, bundle, kind, name, study_uid, now, now, json.dumps(asked) if asked else None)
         return number
 
 # %% ../../nbs/deployment/06e_jobs.ipynb #8bb9f24b

@@ -6,7 +6,7 @@
 __all__ = ['MAX_FORM_BYTES', 'POLICY', 'Person', 'LocalAuth', 'SessionAuth', 'language_of', 'study_view', 'pane_of', 'read_form',
            'router', 'create_review_app']
 
-# %% ../../nbs/deployment/06b_review.ipynb #226c142e
+# %% ../../nbs/deployment/06b_review.ipynb #00735871
 import hmac
 import json
 import secrets
@@ -21,7 +21,7 @@ import numpy as np
 
 from .slices import SliceCache, pixels_of, place_of, presets, render
 from .worklist import LANGUAGES, finding_rows, headline, in_words, number, patient_of, rows_of, say, term
-from ..errors import ConfigError, DicomError, MedimgError, ServiceError, printable
+from ..errors import ConfigError, DatasetError, DicomError, MedimgError, ServiceError, printable
 
 MAX_FORM_BYTES = 512 << 10
 #: No script, style, frame or request that is not this page's own.
@@ -247,9 +247,9 @@ class SessionAuth(LocalAuth):
         if self.log:
             self.log(event)
 
-# %% ../../nbs/deployment/06b_review.ipynb #72e69550
+# %% ../../nbs/deployment/06b_review.ipynb #4c5b67cb
 _STATIC = {"review.css": "text/css", "review_viewer.js": "text/javascript", "review_study.js": "text/javascript", "review_list.js": "text/javascript",
-           "review_print.js": "text/javascript"}
+           "review_print.js": "text/javascript", "review_job.js": "text/javascript"}
 
 
 def _web():
@@ -426,12 +426,12 @@ def pane_of(pixels, source: str, base: str, *, findings=(), overlays=(), title: 
             "overlay": {"name": overlays[0], "url": f"{base}/overlay/{source.split('/')[1]}/{overlays[0]}"} if overlays else None,
             "start": placed[0]["z"] if placed else shape[0] // 2}
 
-# %% ../../nbs/deployment/06b_review.ipynb #deb5b027
+# %% ../../nbs/deployment/06b_review.ipynb #7a6e8f4a
 class _Site:
     """What the handlers share: store, templates, cache, hooks."""
 
-    def __init__(self, store, auth, prefix, cache):
-        self.store, self.auth, self.prefix, self.cache = store, auth, prefix, cache or SliceCache(store)
+    def __init__(self, store, auth, prefix, cache, models=None):
+        self.store, self.auth, self.prefix, self.cache, self.models = store, auth, prefix, cache or SliceCache(store), models
         self.env, self._shown, self._lock = _environment(), OrderedDict(), threading.Lock()
         self.static = {name: (_web() / name).read_bytes() for name in _STATIC}
         from medimg.config import sha256_of
@@ -528,7 +528,7 @@ def _check_sent(site, request, form, principal):
     if principal is not None and not hmac.compare_digest(form.get("csrf", "").encode(), site.auth.csrf(request).encode()):
         raise _Refused(403, "forbidden", "expired")
 
-# %% ../../nbs/deployment/06b_review.ipynb #75acadb2
+# %% ../../nbs/deployment/06b_review.ipynb #ce582369
 def _guarded(site, action, handler, *, data=False):
     """An endpoint around a handler `handler(request, principal, lang, form)`: session, right, form, errors, headers."""
     from starlette.concurrency import run_in_threadpool
@@ -558,7 +558,7 @@ def _guarded(site, action, handler, *, data=False):
 
 def _failed(site, request, error, lang, principal, data):
     from starlette.responses import PlainTextResponse
-    status = error.status if isinstance(error, _Refused) else 400 if isinstance(error, ConfigError) else 404 if isinstance(error, (ServiceError, DicomError)) else 500
+    status = getattr(error, "status", None) or next((code for kind, code in ((ConfigError, 400), ((ServiceError, DicomError), 404), (DatasetError, 422)) if isinstance(error, kind)), 500)
     if data:
         return PlainTextResponse(error.what, status)
     key = error.key if isinstance(error, _Refused) else "not_found" if status == 404 else "wrong"
@@ -622,15 +622,16 @@ def _list_routes(site):
     yield "/", ["GET"], None, home, False
     yield "/static/{name}", ["GET"], None, static, True
 
-# %% ../../nbs/deployment/06b_review.ipynb #9c3c6403
+# %% ../../nbs/deployment/06b_review.ipynb #0314c04d
 def _study_of(store, uid):
     return next(iter(store.studies(study_uid=uid)), None) if uid else None
 
 
 def _priors(store, study):
-    """Other studies of the same patient, newest first."""
+    """Other studies of the same patient that are not known to be later, newest first."""
     same = store.studies(patient_id=study["patient_id"].replace("*", "?"), limit=50) if study and study["patient_id"] else []
-    mine = [s for s in same if s["patient_id"] == study["patient_id"] and s["study_uid"] != study["study_uid"] and s["instances"]] if study else []
+    mine = [s for s in same if s["patient_id"] == study["patient_id"] and s["study_uid"] != study["study_uid"] and s["instances"]
+            and (not study["study_date"] or (s["study_date"] or "") <= study["study_date"])] if study else []
     return sorted(mine, key=lambda s: s["study_date"] or "", reverse=True)
 
 
@@ -648,7 +649,7 @@ def _series_pane(site, base, study, modality=None, title="", corner=()):
         return pane_of(pixels, f"series/{study['study_uid']}/{series['series_uid']}", base, title=title, corner=corner), False
     raise DicomError("holds no series of images", remedy="choose another study")
 
-# %% ../../nbs/deployment/06b_review.ipynb #39c35f9c
+# %% ../../nbs/deployment/06b_review.ipynb #85c97b6c
 def _panes(site, base, v, result, study):
     """(list of the one pane, misfit, why there is none)."""
     corner, panes, misfit, why = [v["patient"]["name"], " · ".join(filter(None, (v["patient"]["sex"], v["patient"]["age"], v["patient"]["patient_id"])))], [], False, ""
@@ -681,7 +682,7 @@ def _study_page(site, request, principal, lang, result, study):
     site.auth.audit(request, {"action": "study:read", "who": principal.name, "result": v["id"], "study": study and study["study_uid"]})
     return site.page(request, "review_study.html.j2", lang, principal=principal, view=view, saved=request.query_params.get("saved") == "1", v={
         **v, "misfit": misfit, "no_images": why, "prior": chosen, "priors": [{**s, **patient_of(s, {"study": None, "source": ""}, lang), "study_uid": s["study_uid"]} for s in priors],
-        "others": others, "may_label": principal.may("label:write")})
+        "others": others, "may_label": principal.may("label:write"), "ask": _to_ask(site, principal, study, v["patient"], lang)})
 
 
 def _catalogue_text(key, lang):
@@ -692,7 +693,69 @@ def _other(result, lang):
     model = result["record"]["model"] or {}
     return f"{model.get('name', '')} {model.get('version', '')}: {headline(result['record'], lang)['head']} ({result['created'][:10]})"
 
-# %% ../../nbs/deployment/06b_review.ipynb #17d6d3a9
+# %% ../../nbs/deployment/06b_review.ipynb #8d38170b
+_FACTS = {"age_years": None, "sex": ("F", "M"), "screening": ("yes", "no"), "risk": ("low", "high"), "smoker": ("yes", "no"), "known_cancer": ("yes", "no"), "immunosuppressed": ("yes", "no")}
+
+
+def _to_ask(site, principal, study, patient, lang):
+    """The form to ask a model: bundles that fit the study's modality first; None for who may not."""
+    if site.models is None or study is None or not study["instances"] or not principal.may("predict:run"):
+        return None
+    scans = set(study["modalities"] or ())
+    bundles = sorted(site.models.bundles(), key=lambda b: not scans & set(b["modalities"]))
+    facts = [{"name": name, "choices": [(c, say(f"fact_{c}", lang) if c not in ("F", "M") else term(c, lang)) for c in choices] if choices else None} for name, choices in _FACTS.items()]
+    return {"study_uid": study["study_uid"], "bundles": [{"name": b["name"], "text": f"{b['name']} {b['version']} ({'/'.join(b['modalities']) or '–'})"} for b in bundles], "facts": facts}
+
+
+def _context_of(form):
+    """The facts that were filled in, by the names of `PatientContext`; None when there are none."""
+    given = {name: form.get(f"fact_{name}", "").strip() for name in _FACTS}
+    facts = {name: {"yes": True, "no": False}.get(text, text) for name, text in given.items() if text}
+    try:
+        facts |= {"age_years": float(facts["age_years"])} if "age_years" in facts else {}
+    except ValueError:
+        pass                                            # as typed: the message of the check names it
+    return facts or None
+
+# %% ../../nbs/deployment/06b_review.ipynb #32b601a8
+def _answer_of(site, request, row):
+    """Where the answer of a job that is done is shown."""
+    found = [r["id"] for r in site.store.results(row["study_uid"]) if (r["record"]["model"] or {}).get("name") == row["bundle"]]
+    return f"{site.base(request)}/result/{found[0]}" if found else f"{site.base(request)}/study/{row['study_uid']}"
+
+
+def _ask_routes(site):
+    from starlette.responses import RedirectResponse, StreamingResponse
+
+    def ask(request, principal, lang, form):
+        uid = request.path_params["study_uid"]
+        number = site.models.submit(uid, bundle=form.get("bundle", "")[:100], prior=form.get("prior") or None, context=_context_of(form), owner=principal.name)
+        site.auth.audit(request, {"action": "predict:run", "who": principal.name, "study": uid, "bundle": form["bundle"]})
+        return RedirectResponse(f"{site.base(request)}/job/{number}", 303)
+
+    def job(request, principal, lang, form):
+        row = site.models.job(request.path_params["number"], principal)
+        if row["state"] == "done":
+            return RedirectResponse(_answer_of(site, request, row), 303)
+        return site.page(request, "review_job.html.j2", lang, principal=principal, job=row, ended=row["state"] in ("failed", "cancelled"),
+                         why=_foreign((row["error"] or {}).get("detail") or "", lang), may_stop=principal.may("job:cancel"))
+
+    def events(request, principal, lang, form):
+        row = site.models.job(request.path_params["number"], principal)
+        return StreamingResponse(site.models.events(row["id"]), media_type="text/event-stream")
+
+    def stop(request, principal, lang, form):
+        row = site.models.job(request.path_params["number"], principal)
+        site.models.cancel(row["id"])
+        site.auth.audit(request, {"action": "job:cancel", "who": principal.name, "study": row["study_uid"], "bundle": row["bundle"]})
+        return RedirectResponse(f"{site.base(request)}/job/{row['id']}", 303)
+    if site.models is not None:
+        yield "/study/{study_uid}/ask", ["POST"], "predict:run", ask, False
+        yield "/job/{number}", ["GET"], "job:read", job, False
+        yield "/job/{number}/events", ["GET"], "job:read", events, True
+        yield "/job/{number}/stop", ["POST"], "job:cancel", stop, False
+
+# %% ../../nbs/deployment/06b_review.ipynb #03e5274a
 def _result_of(site, request):
     text = request.path_params["result_id"]
     if not text.isascii() or not text.isdigit() or len(text) > 18:
@@ -711,6 +774,8 @@ def _page_routes(site):
         study = _study_of(site.store, request.path_params["study_uid"])
         if study is None:
             raise _Refused(404, "not_found", "no such study")
+        if kept := site.store.results(study["study_uid"], limit=1):            # not "no model was asked"
+            return RedirectResponse(f"{site.base(request)}/result/{kept[0]['id']}", 303)
         return _study_page(site, request, principal, lang, None, study)
 
     def label(request, principal, lang, form):
@@ -822,8 +887,8 @@ def _print_routes(site):
         return site.page(request, "review_print.html.j2", lang, principal=principal, v=v, shots=shots, now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"))
     yield "/result/{result_id}/print", ["GET"], "study:read", paper, False
 
-# %% ../../nbs/deployment/06b_review.ipynb #46d8b099
-def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = None):
+# %% ../../nbs/deployment/06b_review.ipynb #a5ff1d94
+def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = None, models=None):
     """The review page for an application.
 
     Parameters
@@ -836,6 +901,8 @@ def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = N
         Where the page lies; the application's own root path is put before it.
     cache : SliceCache, optional
         Shared with others that read the same store.
+    models : object, optional
+        With the methods of `medimg.deployment.stored.StudyJobs`; without it the page asks no model.
 
     Returns
     -------
@@ -849,8 +916,8 @@ def router(store, *, auth, prefix: str = "/review", cache: SliceCache | None = N
     ['/review/', '/review/login', '/review/login']
     """
     from fastapi import APIRouter
-    site, out = _Site(store, auth, prefix.rstrip("/"), cache), APIRouter()
-    for routes in (_login_routes, _list_routes, _page_routes, _data_routes, _picture_routes, _print_routes):
+    site, out = _Site(store, auth, prefix.rstrip("/"), cache, models), APIRouter()
+    for routes in (_login_routes, _list_routes, _page_routes, _ask_routes, _data_routes, _picture_routes, _print_routes):
         for path, methods, action, handler, data in routes(site):
             out.add_route(site.prefix + path, _guarded(site, action, handler, data=data), methods=methods, include_in_schema=False)
     return out

@@ -218,7 +218,7 @@ async def _audit(app, scope, at):
         event |= _page_facts(app, scope, who)
     await app.state.auditor.record(event)
 
-# %% ../../nbs/deployment/06_service.ipynb #2d5724ad
+# %% ../../nbs/deployment/06_service.ipynb #6963ea49
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     """The application: give it to any ASGI server, or call `serve`.
 
@@ -227,7 +227,7 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     settings : ServiceSettings, optional
         By default `load_settings()`.
     metrics_folder : str or Path, optional
-        Shared by several worker processes.
+        Shared by several worker processes, for their counters and sessions.
 
     Returns
     -------
@@ -250,8 +250,8 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
         add(app)
     from medimg.deployment.dicomweb import router
     app.include_router(router(app), prefix="/dicom-web")
-    if settings.review and settings.workers == 1:
-        _add_page(app)
+    if settings.review:
+        _add_page(app, metrics_folder)
     _describe(app)
     return app
 
@@ -266,7 +266,7 @@ async def _lifespan(app):
     await app.state.handler.stop()
     await app.state.auditor.close()
 
-# %% ../../nbs/deployment/06_service.ipynb #0382a4c4
+# %% ../../nbs/deployment/06_service.ipynb #3d111e57
 def users_file(settings):
     """Where the people who may sign in are kept: `Users(users_file(settings))`.
 
@@ -305,8 +305,8 @@ def page_action(method: str, path: str) -> str | None:
     """
     place = path.removeprefix("/review").strip("/").split("/")
     if method == "POST":
-        return "label:write" if place[-1] == "label" else place[0] if place[0] in ("login", "logout") else "page:unknown"
-    return {"static": None, "login": None, "": "worklist:read", "thumb": "worklist:read"}.get(place[0], "study:read")
+        return {"label": "label:write", "ask": "predict:run", "stop": "job:cancel"}.get(place[-1]) or (place[0] if place[0] in ("login", "logout") else "page:unknown")
+    return {"static": None, "login": None, "": "worklist:read", "thumb": "worklist:read", "job": "job:read"}.get(place[0], "study:read")
 
 
 async def _held(scope, receive, settings):
@@ -318,8 +318,9 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #c19981db
-def _page_auth(settings, store):
+# %% ../../nbs/deployment/06_service.ipynb #a4ac03b1
+def _page_auth(settings, store, shared=None):
+    """Users, sessions and the brake on guessing; the last two in a file of the folder `shared` when there are several workers."""
     from medimg.deployment.gate import peer_key
     from medimg.deployment.review import SessionAuth
     from medimg.deployment.sessions import LoginThrottle, Sessions, Users, sign_in
@@ -344,26 +345,27 @@ def _page_auth(settings, store):
         def audit(self, request, event):
             row = store.result(event["result"]) if event.get("result") else {}
             told = [label["verdict"] for label in store.labels(event["result"]) if label["id"] == event["label"]] if event.get("label") else []
-            request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None}
+            request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None, "bundle": event.get("bundle")}
 
-    users = Users(users_file(settings))
-    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users), throttle=LoginThrottle(), peer=lambda r: peer_key(r.client.host) if r.client else "")
+    users, file = Users(users_file(settings)), os.path.join(shared, "sessions.sqlite3") if shared else None
+    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
 
-# %% ../../nbs/deployment/06_service.ipynb #a5752a68
-def _add_page(app):
+# %% ../../nbs/deployment/06_service.ipynb #3cbd8752
+def _add_page(app, shared=None):
     from starlette.responses import RedirectResponse
 
     from medimg.deployment.review import router
     from medimg.deployment.store import Store
+    from medimg.deployment.stored import StudyJobs
     store = Store(app.state.settings.folder, max_instance_bytes=app.state.settings.max_body_mb << 20)
-    app.include_router(router(store, auth=_page_auth(app.state.settings, store)))
+    app.include_router(router(store, auth=_page_auth(app.state.settings, store, shared), models=StudyJobs(app.state.handler)))
     app.add_route("/review", lambda request: RedirectResponse(f"{request.scope.get('root_path', '')}/review/", 303), include_in_schema=False)
 
 
 def _page_facts(app, scope, who):
     """What the audit log says of a request to the page beside what it says of all."""
     told, place = scope["state"].get("page") or {}, scope["path"].removeprefix("/review/").removeprefix("pixels/").split("/")
-    facts = {k: told[k] for k in ("reason", "verdict", "actor") if told.get(k)}
+    facts = {k: told[k] for k in ("reason", "verdict", "actor", "bundle") if told.get(k)}
     if who is None:
         facts = {"outcome": "refused", "reason": "session", **facts}
     name = place[1].partition(".")[0] if len(place) > 1 else ""
@@ -445,7 +447,7 @@ def _predict_route(app):
 
     app.add_api_route("/v1/predict", predict, methods=["POST"], summary="Answer for one study, or for all in a form or archive", tags=["predict"])
 
-# %% ../../nbs/deployment/06_service.ipynb #78e8e31a
+# %% ../../nbs/deployment/06_service.ipynb #b5d095fd
 def _study_route(app):
     from fastapi import Request
 
@@ -459,7 +461,7 @@ async def _answered_study(app, study, request):
 
     from medimg.deployment.stored import answer_stored, image_paths
     handler, query = app.state.handler, _query(request.scope, {"bundle", "prior"})
-    for uid in (study, *filter(None, [query.get("prior")])):
+    for uid in (study, *({query.get("prior") or "latest"} - {"latest"})):
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", uid) or len(uid) > 64:
             raise BadRequest("a UID has digits and dots, at most 64 characters")
     handler.batcher(query.get("bundle"))
@@ -503,16 +505,20 @@ def _job_routes(app):
         _own_job(app, request, number)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-# %% ../../nbs/deployment/06_service.ipynb #bc7c968c
+# %% ../../nbs/deployment/06_service.ipynb #7305e73d
 async def _submitted(app, request):
+    from medimg.deployment.stored import asked_of, context_in, read_context
     handler, settings = app.state.handler, app.state.settings
-    query = _query(request.scope, {"bundle", "name", "study_uid"})
-    bundle = handler.batcher(query.get("bundle")).bundle.name
-    own = {"owner": request.state.principal.name, "bundle": bundle}
+    query = _query(request.scope, {"bundle", "name", "study_uid", "prior"})
+    bundle = handler.batcher(query.get("bundle")).bundle
+    own = {"owner": request.state.principal.name, "bundle": bundle.name}
     if uid := query.get("study_uid"):
-        if not await asyncio.to_thread(handler.store.studies, study_uid=uid, limit=1):
-            raise NotFound("no such study is kept here", remedy="store it first")
-        number = await asyncio.to_thread(lambda: handler.jobs.submit(None, study_uid=uid, **own))
+        facts = await read_body(request.scope, request.receive, limit=64 << 10, timeout_s=settings.body_s)
+        context = read_context(facts) if facts else None
+        asked = await asyncio.to_thread(lambda: asked_of(handler.store, bundle, uid, prior=query.get("prior"), context=context))
+        number = await asyncio.to_thread(lambda: handler.jobs.submit(None, study_uid=uid, asked=asked, **own))
+    elif query.get("prior"):
+        raise BadRequest("an earlier study is compared with one that is kept here", remedy="store both, and name the later one with study_uid")
     else:
         limit = settings.max_body_mb << 20
         with handler.gate.admitted(declared_length(request.scope, limit) or 0):
@@ -520,7 +526,8 @@ async def _submitted(app, request):
             files, _ = files_of(body, header(request.scope, b"content-type"), name=query.get("name", ""))
             if len(files) != 1:
                 raise BadRequest(f"{len(files)} files in one job", remedy="send one file or an archive for each job")
-            number = await asyncio.to_thread(lambda: handler.jobs.submit(files[0][2], kind=files[0][0], name=files[0][1], **own))
+            context = context_in(body, header(request.scope, b"content-type"))
+            number = await asyncio.to_thread(lambda: handler.jobs.submit(files[0][2], kind=files[0][0], name=files[0][1], asked={"context": context} if context else None, **own))
     return _json(public(handler.jobs.get(number)), 202, {"location": f"/v1/jobs/{number}"})
 
 
@@ -530,7 +537,7 @@ def _own_job(app, request, number):
         raise NotFound("no such job", remedy="jobs are kept for a day")
     return row
 
-
+# %% ../../nbs/deployment/06_service.ipynb #bc10c3fb
 def _result_routes(app):
     @app.get("/v1/results", summary="Kept answers, newest first", tags=["results"])
     async def results(study_uid: str | None = None, limit: int = 100):
@@ -544,19 +551,20 @@ def _result_routes(app):
         except ServiceError as error:
             raise NotFound(error.what) from error
 
-# %% ../../nbs/deployment/06_service.ipynb #5294d874
+# %% ../../nbs/deployment/06_service.ipynb #976215fa
 _BODIES = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("application/octet-stream", "image/png", "image/jpeg", "application/dicom",
                                                                                   "application/x-npy", "application/zip")}
 
 
 _FORM = {"schema": {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}}
+_FACTS = {"schema": {"type": "object"}, "example": {"age_years": 61, "screening": True}}
 _PROBLEM = {"type": "object", "required": ["type", "title", "status", "detail", "request_id"], "properties": {
     "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"}, "remedy": {"type": ["string", "null"]},
     "request_id": {"type": "string"}}}
 
 
 _QUERY = {"bundle": "Name of a served bundle; by default the first", "name": "What the file is called in the record", "store": "Keep the record (true or false)",
-          "study_uid": "A study that is kept here, instead of a body", "prior": "Study UID of an earlier scan of the same patient, kept here too"}
+          "study_uid": "A study that is kept here, instead of a body", "prior": "Study UID of an earlier scan of the same patient, kept here too; or latest: the last one before, if there is one"}
 
 
 _REFUSALS = {"400": "malformed", "401": "no valid key", "403": "not allowed", "404": "not there", "405": "another method", "406": "nothing that the client accepts", "408": "too slow", "409": "conflict", "413": "too large",
@@ -620,14 +628,14 @@ def _describe_dicomweb(path, operation):
     for parameter in operation.get("parameters", []):
         parameter["schema"] = _PARTS.get(parameter["name"], parameter["schema"]) if parameter["in"] == "path" else parameter["schema"]
 
-# %% ../../nbs/deployment/06_service.ipynb #a87d16b8
+# %% ../../nbs/deployment/06_service.ipynb #cce6648e
 def _describe_study(operation):
     """Parameters, body and answer of `POST /v1/studies/{study}/predict`."""
     one = {"type": "object", "required": ["id", "record", "dicom"], "properties": {"id": {"type": "integer"}, "record": {"$ref": "#/components/schemas/Prediction"},
            "dicom": {"type": "array", "items": _UID}, "dicom_problem": {"type": ["string", "null"]}}}
     operation["parameters"] = [{"name": "study", "in": "path", "required": True, "schema": _UID},
                                *({"name": n, "in": "query", "required": False, "description": _QUERY[n], "schema": {"type": "string"}} for n in ("bundle", "prior"))]
-    operation["requestBody"] = {"required": False, "content": {"application/json": {"schema": {"type": "object"}, "example": {"age_years": 61, "screening": True}}}}
+    operation["requestBody"] = {"required": False, "content": {"application/json": _FACTS}}
     operation["responses"]["200"] = {"description": "One answer for each series", "content": {"application/json": {"schema": {
         "type": "object", "required": ["results"], "properties": {"results": {"type": "array", "items": one}}}}}}
 
@@ -639,11 +647,13 @@ def _describe_bodies(paths, answer):
     paths["/v1/jobs/{number}/events"]["get"]["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     example = Prediction("refused", "a.dcm", reasons=("modality CT; the model was made for DX",)).to_dict()
     paths["/v1/predict"]["post"]["responses"]["200"] = {"description": "The record; for a form or an archive a list of them", "content": {"application/json": {"schema": answer, "example": example}}}
-    for path, names in (("/v1/predict", ("bundle", "name", "store")), ("/v1/jobs", ("bundle", "name", "study_uid"))):
+    for path, names in (("/v1/predict", ("bundle", "name", "store")), ("/v1/jobs", ("bundle", "name", "study_uid", "prior"))):
         operation = paths[path]["post"]
         flag = {"type": "boolean"}
         operation["parameters"] = [{"name": n, "in": "query", "required": False, "description": _QUERY[n], "schema": flag if n == "store" else {"type": "string"}} for n in names]
         operation["requestBody"] = {"required": path == "/v1/predict", "content": {**_BODIES, "multipart/form-data": _FORM}}
+    form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
+    paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
 # %% ../../nbs/deployment/06_service.ipynb #fa26b98a
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
@@ -704,17 +714,16 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #11f2da43
+# %% ../../nbs/deployment/06_service.ipynb #bf07c1bc
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
 
     from medimg.deployment.sessions import Users
     found = [f"warning: {line}" for line in weaknesses(settings)]
-    if settings.review and settings.workers > 1:
-        found.append("note: no review page, for its sessions live in one process: set workers to 1")
-    elif settings.review and not Users(users_file(settings), hasher=object()).users():
-        found.append("note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician")
+    if settings.review and not Users(users_file(settings), hasher=object()).users():
+        where = f" --store {settings.store}" if settings.store else ""
+        found.append(f"note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician{where}")
     for line in found:
         print(line, file=sys.stderr, flush=True)
 

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['MIN_PASSWORD', 'MAX_PASSWORD', 'checked_password', 'Users', 'Session', 'Sessions', 'LoginThrottle', 'sign_in']
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #d1704af8
+# %% ../../nbs/deployment/05f_sessions.ipynb #000851e1
+import contextlib
 import hashlib
 import hmac
 import re
 import secrets
+import sqlite3
 import threading
 import time
 import unicodedata
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .gate import TooManyRequests
 from .security import Forbidden, NotAuthenticated, Principal, PrivateTable
@@ -232,7 +234,7 @@ def _verified(hasher, kept, password):
     except (VerificationError, InvalidHashError):
         return False
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #90a9af95
+# %% ../../nbs/deployment/05f_sessions.ipynb #c9063a86
 @dataclass(frozen=True)
 class Session:
     """One signed-in browser. Its `id` and `csrf` are secrets: they do not show in its repr.
@@ -262,7 +264,12 @@ class Session:
 
 
 def _digest(identity):
-    return hashlib.sha256(identity.encode("utf-8", "replace")).digest()
+    return hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()
+
+
+def _token(identity):
+    """The token for the forms of a session: who does not know its id cannot compute it."""
+    return hmac.new(identity.encode("utf-8", "replace"), b"medimg form", "sha256").hexdigest()
 
 
 def _gone(reason):
@@ -270,43 +277,66 @@ def _gone(reason):
     error.reason = reason
     return error
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #94668dea
-class _SessionTable:
-    """Sessions by the hash of their id, least recently used first."""
+# %% ../../nbs/deployment/05f_sessions.ipynb #23481a3d
+class _Rows:
+    """A small table, of one process or in a file that several share."""
 
-    def __init__(self, idle_s, absolute_s, limit, per_user, clock):
+    def __init__(self, table, file=None):
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(file or ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
+        if file:
+            Path(file).chmod(0o600)
+        self._db.execute("PRAGMA synchronous=OFF")           # a crash of the machine signs everybody out
+        self._db.execute(table)
+
+    @contextlib.contextmanager
+    def change(self):
+        """The database while nobody else changes it."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            finally:
+                self._db.execute("COMMIT")
+
+    def all(self):
+        """Every row."""
+        with self._lock:
+            return self._db.execute(f"SELECT * FROM {self.name}").fetchall()      # noqa: S608 (names of this file)
+
+# %% ../../nbs/deployment/05f_sessions.ipynb #e8e3344e
+class _SessionTable(_Rows):
+    """Sessions by the hash of their id; the ones unused for longest make room."""
+
+    name = "sessions"
+
+    def __init__(self, idle_s, absolute_s, limit, per_user, clock, file):
         self.idle_s, self.absolute_s, self.limit, self.per_user, self.clock = idle_s, absolute_s, limit, per_user, clock
-        self.rows, self.lock = OrderedDict(), threading.Lock()
+        super().__init__("CREATE TABLE IF NOT EXISTS sessions(key TEXT PRIMARY KEY, name TEXT, role TEXT, via TEXT, created REAL, seen REAL) STRICT", file)
 
     def put(self, session):
-        with self.lock:
-            mine = [k for k, s in self.rows.items() if s["principal"].name == session.principal.name]
-            for key in mine[:max(0, len(mine) + 1 - self.per_user)]:
-                del self.rows[key]
-            while len(self.rows) >= self.limit:
-                self.rows.popitem(last=False)
-            self.rows[_digest(session.id)] = {"principal": session.principal, "csrf": session.csrf, "created": session.created, "seen": session.seen}
+        who, rest = session.principal, "ORDER BY seen DESC, rowid DESC LIMIT -1 OFFSET ?)"
+        with self.change() as db:
+            db.execute(f"DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE name=? {rest}", (who.name, self.per_user - 1))      # noqa: S608
+            db.execute(f"DELETE FROM sessions WHERE key IN (SELECT key FROM sessions {rest}", (self.limit - 1,))      # noqa: S608
+            db.execute("INSERT INTO sessions VALUES(?,?,?,?,?,?)", (_digest(session.id), who.name, who.role, who.via, session.created, session.seen))
 
     def touch(self, identity):
-        """The row, used just now; or None and why."""
+        """(principal, created, seen) of the row, used just now; or None and why."""
         now, key = self.clock(), _digest(identity)
-        with self.lock:
-            row = self.rows.get(key)
+        with self.change() as db:
+            row = db.execute("SELECT name, role, via, created, seen FROM sessions WHERE key=?", (key,)).fetchone()
             if row is None:
                 return None, "unknown"
-            if now - row["seen"] >= self.idle_s or now - row["created"] >= self.absolute_s:
-                del self.rows[key]
+            if now - row[4] >= self.idle_s or now - row[3] >= self.absolute_s:
+                db.execute("DELETE FROM sessions WHERE key=?", (key,))
                 return None, "expired"
-            row["seen"] = now
-            self.rows.move_to_end(key)
-            return dict(row), ""
+            db.execute("UPDATE sessions SET seen=? WHERE key=?", (now, key))
+        return (Principal(*row[:3]), row[3], now), ""
 
-    def drop(self, keep):
-        with self.lock:
-            gone = [k for k, s in self.rows.items() if not keep(k, s)]
-            for key in gone:
-                del self.rows[key]
-        return len(gone)
+    def drop(self, column, value):
+        with self.change() as db:
+            return db.execute(f"DELETE FROM sessions WHERE {column}=?", (value,)).rowcount      # noqa: S608
 
 # %% ../../nbs/deployment/05f_sessions.ipynb #c17d3e0b
 class _Cookies:
@@ -346,9 +376,9 @@ class _Cookies:
         found = [value for name, _, value in pairs if name == self.cookie_name]
         return found[0] if len(found) == 1 and re.fullmatch(r"[A-Za-z0-9_-]{43}", found[0]) else None
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #020f1383
+# %% ../../nbs/deployment/05f_sessions.ipynb #40d21a7f
 class Sessions(_Cookies):
-    """Who is signed in. Kept in memory only: a restart of the service signs everybody out.
+    """Who is signed in. Kept in memory, or in a file that lasts no longer than the service: its restart signs everybody out.
 
     Parameters
     ----------
@@ -362,6 +392,8 @@ class Sessions(_Cookies):
         Sessions at most; the ones unused for longest make room.
     clock : callable
         Seconds since 1970.
+    file : str or Path, optional
+        Shared by the worker processes of one service.
 
     Examples
     --------
@@ -376,8 +408,8 @@ class Sessions(_Cookies):
     """
 
     def __init__(self, *, tls: bool = True, users=None, idle_s: float = 900, absolute_s: float = 8 * 3600, limit: int = 1000, per_user: int = 5,
-                 clock=time.time):
-        self._table, self._users, self._clock = _SessionTable(idle_s, absolute_s, limit, per_user, clock), users, clock
+                 clock=time.time, file=None):
+        self._table, self._users, self._clock = _SessionTable(idle_s, absolute_s, limit, per_user, clock, file), users, clock
         super().__init__(tls)
 
     def start(self, principal: Principal, old: str | None = None) -> Session:
@@ -397,7 +429,8 @@ class Sessions(_Cookies):
         if old:
             self.end(old)
         now = self._clock()
-        session = Session(secrets.token_urlsafe(32), principal, secrets.token_urlsafe(32), now, now)
+        identity = secrets.token_urlsafe(32)
+        session = Session(identity, principal, _token(identity), now, now)
         self._table.put(session)
         return session
 
@@ -423,10 +456,11 @@ class Sessions(_Cookies):
         row, why = self._table.touch(identity)
         if row is None:
             raise _gone(why)
-        if self._users is not None and not self._users.unchanged(row["principal"], row["created"]):
+        principal, created, seen = row
+        if self._users is not None and not self._users.unchanged(principal, created):
             self.end(identity)
             raise _gone("changed")
-        return Session(identity, **row)
+        return Session(identity, principal, _token(identity), created, seen)
 
     def end(self, identity: str) -> None:
         """Sign out: the id is worth nothing from now on.
@@ -436,8 +470,7 @@ class Sessions(_Cookies):
         identity : str
             From the cookie; an unknown one does nothing.
         """
-        key = _digest(str(identity))
-        self._table.drop(lambda k, s: k != key)
+        self._table.drop("key", _digest(str(identity)))
 
     def end_all(self, name: str) -> int:
         """Sign a user out everywhere.
@@ -452,7 +485,7 @@ class Sessions(_Cookies):
         int
             How many sessions ended.
         """
-        return self._table.drop(lambda k, s: s["principal"].name != name)
+        return self._table.drop("name", name)
 
     def check_csrf(self, session: Session, token: str | None) -> None:
         """Refuse a request that changes something and does not carry the session's own token.
@@ -474,32 +507,32 @@ class Sessions(_Cookies):
             error.reason = "csrf"
             raise error
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #e79d7b07
-class _Counters:
+# %% ../../nbs/deployment/05f_sessions.ipynb #78a841da
+class _Counters(_Rows):
     """How often something was tried, and how long to wait for it."""
 
     #: kind -> free attempts, longest wait in seconds
     RULES = {"pair": (5, 900.0), "peer": (20, 900.0), "name": (50, 60.0)}
+    name = "counts"
 
-    def __init__(self, forget_s):
-        self._forget_s, self._counts = forget_s, OrderedDict()
+    def __init__(self, forget_s, file):
+        super().__init__("CREATE TABLE IF NOT EXISTS counts(key TEXT PRIMARY KEY, n INTEGER, last REAL) STRICT", file)
+        self._forget_s = forget_s
 
     @staticmethod
     def _keys(name, peer):
         name = _digest(str(name)[:200])
-        return {"pair": (name, peer), "peer": peer, "name": name}
+        return {"pair": f"pair {name} {peer}", "peer": f"peer {peer}", "name": f"name {name}"}
 
-    def _fresh(self, item, now):
-        count, last = self._counts.get(item, (0, now))
-        return count if now - last < self._forget_s else 0
+    def _fresh(self, db, key, now):
+        count, last = db.execute("SELECT n, last FROM counts WHERE key=?", (key,)).fetchone() or (0, now)
+        return (count, last) if now - last < self._forget_s else (0, now)
 
-    def _wait(self, kind, key, now):
-        count, (free, longest) = self._fresh((kind, key), now), self.RULES[kind]
-        if count < free:
-            return 0.0
-        return self._counts[kind, key][1] + min(longest, 2.0 ** (1 + min(count - free, 30))) - now
+    def _wait(self, db, kind, key, now):
+        (count, last), (free, longest) = self._fresh(db, key, now), self.RULES[kind]
+        return 0.0 if count < free else last + min(longest, 2.0 ** (1 + min(count - free, 30))) - now
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #9baaf891
+# %% ../../nbs/deployment/05f_sessions.ipynb #a20846a2
 class LoginThrottle(_Counters):
     """Waiting times after wrong passwords: for a name from one address, for the address, and (short) for the name from anywhere.
 
@@ -511,6 +544,8 @@ class LoginThrottle(_Counters):
         Seconds after which a counter begins anew.
     clock : callable
         Seconds, never going back.
+    file : str or Path, optional
+        Shared by the worker processes of one service.
 
     Examples
     --------
@@ -521,9 +556,9 @@ class LoginThrottle(_Counters):
     medimg.deployment.gate.TooManyRequests: too many attempts; wait 2 s
     """
 
-    def __init__(self, *, limit: int = 30_000, forget_s: float = 3600, clock=time.monotonic):
-        super().__init__(forget_s)
-        self._limit, self._clock, self._lock = limit, clock, threading.Lock()
+    def __init__(self, *, limit: int = 30_000, forget_s: float = 3600, clock=time.monotonic, file=None):
+        super().__init__(forget_s, file)
+        self._limit, self._clock = limit, clock
 
     def attempt(self, name: str, peer: str) -> None:
         """Count an attempt, before the password is looked at.
@@ -539,16 +574,14 @@ class LoginThrottle(_Counters):
             While there is a wait; `retry_after` in seconds. The attempt does not count then.
         """
         now, keys = self._clock(), self._keys(name, peer)
-        with self._lock:
-            wait = max(self._wait(kind, key, now) for kind, key in keys.items())
+        with self.change() as db:
+            wait = max(self._wait(db, kind, key, now) for kind, key in keys.items())
             if wait > 0:
                 raise TooManyRequests("too many attempts", retry_after=wait)
-            for item in keys.items():
-                count = self._fresh(item, now) + 1
-                self._counts[item] = (count, now)
-                self._counts.move_to_end(item)
-            while len(self._counts) > self._limit:
-                self._counts.popitem(last=False)
+            for key in keys.values():
+                db.execute("INSERT OR REPLACE INTO counts VALUES(?,?,?)", (key, self._fresh(db, key, now)[0] + 1, now))
+            if db.execute("SELECT count(*) FROM counts").fetchone()[0] > self._limit:
+                db.execute("DELETE FROM counts WHERE key IN (SELECT key FROM counts ORDER BY last DESC, rowid DESC LIMIT -1 OFFSET ?)", (self._limit,))
 
     def succeeded(self, name: str, peer: str) -> None:
         """The password was right: the attempts of this name from this address are forgiven.
@@ -558,13 +591,10 @@ class LoginThrottle(_Counters):
         name, peer : str
             As for `attempt`.
         """
-        with self._lock:
-            keys = self._keys(name, peer)
-            self._counts.pop(("pair", keys["pair"]), None)
-            for item in (("peer", keys["peer"]), ("name", keys["name"])):
-                if item in self._counts:
-                    count, last = self._counts[item]
-                    self._counts[item] = (count - 1, last)
+        keys = self._keys(name, peer)
+        with self.change() as db:
+            db.execute("DELETE FROM counts WHERE key=?", (keys["pair"],))
+            db.execute("UPDATE counts SET n=n-1 WHERE key IN (?, ?)", (keys["peer"], keys["name"]))
 
 # %% ../../nbs/deployment/05f_sessions.ipynb #49d9e631
 def sign_in(users: Users, sessions: Sessions, throttle: LoginThrottle, *, name: str, password: str, peer: str, old: str | None = None) -> Session:

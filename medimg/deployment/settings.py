@@ -35,7 +35,7 @@ class _Checked:
         """Whether only this machine can connect."""
         return _is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #6e18f825
+# %% ../../nbs/deployment/06i_settings.ipynb #12a15174
 @dataclass(frozen=True)
 class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""
@@ -45,7 +45,7 @@ class _WhoMay(_Checked):
     users: str | None = None                    # file of the people who sign in to the review page; None: users.json in the store
     audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
     audit_head: str | None = None               # where its head goes: a path (best on another machine) or "stdout"; None: beside the log
-    review: bool = True                         # the review page below /review/, for one worker: its sessions live in one process
+    review: bool = True                         # the review page below /review/
     rate: float = 0.0                           # requests a second for each key; 0: no limit
     burst: int = 100                            # requests that a key may make at once
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_VERSION', 'MAX_INSTANCE_BYTES', 'MAX_COMMENT', 'MAX_FINDINGS_BYTES', 'VERDICTS', 'Conflict', 'StoreFull',
-           'check_uid', 'Store', 'verify', 'export_labels']
+           'check_uid', 'Store', 'verify', 'faults', 'export_labels']
 
 # %% ../../nbs/deployment/06a_store.ipynb #ebf88573
 import contextlib
@@ -677,7 +677,7 @@ def _checked_label(record, verdict, label):
         raise ConfigError(f"{verdict} with {own!r}, but the label is {label!r}", remedy="choose one of them")
     return own if verdict == "agree" else None if label is None else str(label)[:200]
 
-# %% ../../nbs/deployment/06a_store.ipynb #9ab890da
+# %% ../../nbs/deployment/06a_store.ipynb #7d1218bb
 def verify(store: Store, *, sweep: bool = False) -> dict:
     """Read every kept byte again and compare.
 
@@ -691,16 +691,24 @@ def verify(store: Store, *, sweep: bool = False) -> dict:
     Returns
     -------
     dict
-        `checked` (a number); `missing` and `damaged` (SOP Instance UIDs); `orphans` (names of files without a row).
+        `checked` (a number); `missing` and `damaged` (SOP Instance UIDs); `orphans` (names of files without a row); `results` (ids of answers whose arrays are lost or changed);
+        `index` (sentences about rows that contradict each other). `faults` gives a line for each.
 
     Examples
     --------
     >>> import tempfile
     >>> verify(Store(tempfile.mkdtemp()))
-    {'checked': 0, 'missing': [], 'damaged': [], 'orphans': []}
+    {'checked': 0, 'missing': [], 'damaged': [], 'orphans': [], 'results': [], 'index': []}
     """
+    try:
+        return _verified(store, sweep)
+    except sqlite3.DatabaseError as error:
+        return {"checked": 0, "missing": [], "damaged": [], "orphans": [], "results": [], "index": [f"the index is damaged ({error})"]}
+
+
+def _verified(store, sweep):
     files = [p.relative_to(store.folder).as_posix() for p in (store.folder / "instances").rglob("*.dcm")]     # before the rows: a file that comes later is no orphan
-    rows, out = list(store._db().execute("SELECT sop_uid, sha256, path FROM instances")), {"checked": 0, "missing": [], "damaged": [], "orphans": []}
+    rows, out = list(store._db().execute("SELECT sop_uid, sha256, path FROM instances")), {"checked": 0, "missing": [], "damaged": [], "orphans": [], "results": _lost_arrays(store), "index": _contradictions(store)}
     for row in rows:
         out["checked"] += 1
         try:
@@ -715,6 +723,47 @@ def verify(store: Store, *, sweep: bool = False) -> dict:
             if time.time() - (store.folder / name).stat().st_mtime > 3600:
                 (store.folder / name).unlink()
     return out
+
+# %% ../../nbs/deployment/06a_store.ipynb #73aa7d11
+def _lost_arrays(store):
+    found = []
+    for row in store._db().execute("SELECT id FROM results WHERE arrays IS NOT NULL"):
+        try:
+            store.arrays(row["id"])
+        except (ServiceError, ValueError, OSError, EOFError):
+            found.append(row["id"])
+    return found
+
+
+def _contradictions(store):
+    """What SQLite finds wrong, and files that do not lie where their series and study say."""
+    db = store._db()
+    out = [f"the index is damaged ({row[0]})" for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
+    out += [f"a row of {row[0]} names a row of {row[2]} that is not there" for row in db.execute("PRAGMA foreign_key_check")]
+    places = "SELECT i.sop_uid, i.path, i.series_uid, s.study_uid FROM instances i JOIN series s ON s.series_uid=i.series_uid"
+    return out + [f"instance {row['sop_uid']} does not lie in its study and series" for row in db.execute(places)
+                  if not row["path"].startswith(f"instances/{row['study_uid']}/{row['series_uid']}/{row['sop_uid']}-")]
+
+
+def faults(report: dict) -> list:
+    """A line for each fault that `verify` found; empty for a sound store.
+
+    Parameters
+    ----------
+    report : dict
+        From `verify`.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> faults({"checked": 9, "missing": ["1.2.3"], "damaged": [], "orphans": [], "results": [4], "index": []})
+    ['missing: instance 1.2.3', 'damaged: arrays of result 4']
+    """
+    said = {"missing": "missing: instance {}", "damaged": "damaged: instance {}", "orphans": "orphan: {}", "results": "damaged: arrays of result {}", "index": "index: {}"}
+    return [text.format(what) for key, text in said.items() for what in report[key]]
 
 # %% ../../nbs/deployment/06a_store.ipynb #52000e3e
 def export_labels(store: Store, folder) -> dict:

@@ -128,7 +128,7 @@ def doubt(record: dict) -> float:
     total, n = sum(p), len(record.get("probability") or ())
     return -sum(v / total * math.log(v / total) for v in p) / math.log(n) if n > 1 and total else 0.0
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #381d25ef
+# %% ../../nbs/deployment/06p_worklist.ipynb #797d2632
 def number(value, digits: int = 2) -> str:
     """A probability or size for people, with no false certainty: never 0.00 or 1.00 for what is neither.
 
@@ -185,8 +185,8 @@ def _unsure(record):
     """Reasons for a second look."""
     p, cut, ood = record.get("probability") or {}, record.get("threshold") or {}, record.get("ood") or {}
     yield from (("why_near", {"p": number(p[c]), "cut": number(cut[c])}) for c in cut if c in p and abs(p[c] - cut[c]) < NEAR)
-    if record.get("prediction_set") is not None and len(record["prediction_set"]) != 1:
-        yield "why_set", {}
+    if (kept := record.get("prediction_set")) is not None and list(kept) != [record.get("label")]:
+        yield "why_set" if kept else "why_empty", {}
     if (ood.get("threshold") or 0) > 0 and ood["score"] > 0.9 * ood["threshold"]:
         yield "why_ood", {}
     if record["findings"] and _finds(record):
@@ -387,7 +387,7 @@ def _row(result, study, labels, lang):
             **headline(record, lang), "certainty": certainty(record, lang), "labels": [dict(label) for label in labels], "status": record["status"],
             "model": (record["model"] or {}).get("name", "")}
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #1beca5e7
+# %% ../../nbs/deployment/06p_worklist.ipynb #3a85b0a7
 def patient_of(study: dict | None, record: dict, lang: str = "en") -> dict:
     """Who and what: from the store's study, and where there is none from what the answer noted.
 
@@ -467,12 +467,14 @@ def certainty(record: dict, lang: str = "en") -> str:
     if record["status"] != "answered":
         return say("no_answer", lang)
     reasons = {key for key, _ in _unsure(record)}
-    if "why_set" in reasons and record["prediction_set"]:
-        return say("sure_set", lang, names=say("or", lang).join(term(c, lang) for c in record["prediction_set"]))
-    key = next((k for r, k in (("why_set", "sure_ood"), ("why_ood", "sure_ood"), ("why_near", "sure_near")) if r in reasons), "sure")
+    if "why_set" in reasons:
+        return _apart(record, lang) or say("sure_set", lang, names=say("or", lang).join(term(c, lang) for c in record["prediction_set"]))
+    if "why_empty" in reasons:
+        return _unlike(record, lang)
+    key = next((k for r, k in ( ("why_ood", "sure_ood"), ("why_near", "sure_near")) if r in reasons), "sure")
     return say(key if record["probability"] else "sure_scores", lang) if record.get("task") != "segmentation" else "–"
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #af92f8e3
+# %% ../../nbs/deployment/06p_worklist.ipynb #fc5dbaba
 def in_words(record: dict, lang: str = "en") -> list:
     """What the numbers say and what they do not, as sentences.
 
@@ -502,7 +504,7 @@ def in_words(record: dict, lang: str = "en") -> list:
         right = min(99, max(1, round(100 * p[label])))
         out.append(say("p_words", lang, right=right, wrong=100 - right))
         out += [say("near_words", lang, cut=number(cut[c])) for c in cut if c in p and abs(p[c] - cut[c]) < NEAR]
-        out.append(_set_words(record["prediction_set"], lang))
+        out.append(_set_words(record, lang))
     if p and record["uncertainty"]:
         out.append(say("entropy", lang, bits=f"{record['uncertainty']['entropy_bits']:.2f}", most=f"{math.log2(len(p)):.2f}"))
     if record["ood"]:
@@ -511,11 +513,31 @@ def in_words(record: dict, lang: str = "en") -> list:
     return [*out, last]
 
 
-def _set_words(kept, lang):
+def _set_words(record, lang):
+    kept = record["prediction_set"]
     if kept is None:
         return say("set_none", lang)
+    if not kept:
+        return say("set_empty", lang, unlike=_unlike(record, lang), level=_level(record, lang))
     names = [term(c, lang) for c in kept]
-    return say("set_empty", lang) if not names else say("set_one", lang, name=names[0]) if len(names) == 1 else say("set_many", lang, names=say("list", lang).join(names))
+    return say("set_one", lang, name=names[0], level=_level(record, lang)) if len(names) == 1 else say("set_many", lang, what=_apart(record, lang) or say("list", lang).join(names), level=_level(record, lang))
+
+
+def _level(record, lang):
+    """In how many patients the true class is in the set: "at 90 %", where the record says it."""
+    level = (record.get("uncertainty") or {}).get("level")
+    return say("at_level", lang, percent=f"{100 * level:g}") if level else say("at_some_level", lang)
+
+
+def _apart(record, lang):
+    """"cannot tell X from Y at 90 %" for a set of two; empty for others."""
+    kept = [term(c, lang) for c in record["prediction_set"]]
+    return say("set_two", lang, one=kept[0], other=kept[1], level=_level(record, lang)) if len(kept) == 2 else ""
+
+
+def _unlike(record, lang):
+    names = [term(c, lang) for c in record["classes"] or ()]
+    return say("unlike_both", lang, one=names[0], other=names[1]) if len(names) == 2 else say("unlike_all", lang)
 
 # %% ../../nbs/deployment/06p_worklist.ipynb #5cb9cccc
 def finding_rows(record: dict, lang: str = "en") -> list:
