@@ -998,17 +998,17 @@ def _details(a):
     said = [f"\n{r['guideline']} {r['edition']}: {r['status']}{', category ' + r['category'] if r['category'] else ''}: {r['text']} ({r['note']})" for r in a.recommendations]
     return table + ("\n" if said else "") + "".join(said)
 
-# %% ../nbs/foundations/cli.ipynb #6d2cebbf
+# %% ../nbs/foundations/cli.ipynb #489f5b16
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for DICOM, report and summary.")] = Path("demo"), seed: Annotated[int, typer.Option(min=0)] = 7,
          serve: Annotated[bool, typer.Option("--serve", help="Then open the review page with these studies, on this machine only.")] = False,
          port: Annotated[int, typer.Option(min=0, max=65535, help="Of the review page; 0 is any that is free.")] = 0, as_json: AsJson = False):
     """Make a patient, read the scans, find nodules, answer, refuse, write reports. Offline, under a minute."""
     from medimg.demo import demo_text, run_demo, serve_demo
-    result = run_demo(out, seed=seed)
+    result = run_demo(out, seed=seed, keep=serve)
     _say(result, demo_text(result), as_json)
     if serve:
-        serve_demo(out, seed=seed, port=port)
+        serve_demo(out, port=port)
 
 
 @app.command()

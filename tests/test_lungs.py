@@ -4,7 +4,7 @@ import pytest
 from scipy import ndimage
 
 from medimg.data import dicom
-from medimg.data.lungs import LUNG_LABELS, airway_mask, chest_box, segment_lungs
+from medimg.data.lungs import LUNG_LABELS, _within, airway_mask, chest_box, segment_lungs
 from medimg.data.phantom import LABELS, ct_noise, radiograph, thorax_phantom
 from medimg.data.phantom_anatomy import draw_anatomy, lung_distance
 from medimg.data.volume import Volume
@@ -51,6 +51,16 @@ def test_lungs_of_the_phantom(person, dose):
     if dose == 0.1:
         without = segment_lungs(scan, closing_mm=0)
         assert sum((without > 0)[m].sum() for m in masks) < 0.1 * sum(m.sum() for m in masks)       # the closing is what keeps them
+
+
+@pytest.mark.parametrize("step", [(1.5, 1.5, 1.5), (3.0, 1.4, 1.4), (0.6, 1.2, 1.9)])
+@pytest.mark.parametrize("shape", [(40, 33, 57), (3, 1, 9)])
+def test_ball_is_that_of_the_distances(step, shape):
+    """Grown by any radius as scipy's exact distances say, also where the ball is larger than the array."""
+    dots = np.random.default_rng(0).random(shape) > 0.95
+    dots.flat[0] = True
+    for radius in (0.3, 1.5, 3.0, 4.9, 22.0):
+        assert np.array_equal(_within(dots, step, radius), ndimage.distance_transform_edt(~dots, sampling=step) <= radius)
 
 
 @pytest.fixture(scope="module")

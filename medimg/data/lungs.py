@@ -111,7 +111,23 @@ def _straight(volume):
         raise DatasetError(f"lungs are found in CT, in HU, not in {volume.units!r} with axes {len(volume.shape)}", remedy="read the CT series itself")
     return volume.reorient("SPL")
 
-# %% ../../nbs/data/06b_lungs.ipynb #ee62a915
+# %% ../../nbs/data/06b_lungs.ipynb #8a65391a
+def _within(mask, step, radius_mm):
+    """Voxels at most `radius_mm` from the mask, exactly: rows grown along x, packed eight voxels to a byte, and laid over each other along z and y."""
+    z, y, x = (np.arange(-int(radius_mm / s) - 1, int(radius_mm / s) + 2) * s for s in step)
+    half = ((np.sqrt((z[:, None] ** 2 + y**2)[..., None] + x**2) <= radius_mm).sum(2) - 1) // 2         # of the ball's row at (z, y); -1 outside it
+    rows, out = mask.copy(), np.packbits(np.zeros_like(mask), axis=2)
+    for width in range(half.max() + 1):
+        if width:
+            rows[:, :, width:] |= mask[:, :, :-width]
+            rows[:, :, :-width] |= mask[:, :, width:]
+        packed = np.packbits(rows, axis=2)
+        for offset in np.argwhere(half == width) - np.array(half.shape) // 2:
+            there, here = (tuple(slice(max(0, d), max(0, n + min(0, d))) for d, n in zip(way, mask.shape)) for way in (offset, -offset))
+            out[there] |= packed[here]
+    return np.unpackbits(out, axis=2, count=mask.shape[2]).astype(bool)
+
+# %% ../../nbs/data/06b_lungs.ipynb #09428203
 def _pieces(hu, airway, spacing, least_ml=100):
     """One or two lung-like pieces of air: not the room, not the airway, not a bubble of gas."""
     from scipy import ndimage
@@ -119,7 +135,7 @@ def _pieces(hu, airway, spacing, least_ml=100):
     if airway.any():
         (near,) = ndimage.find_objects(airway.astype(np.uint8))
         near = tuple(slice(max(0, s.start - 4), s.stop + 4) for s in near)
-        air[near] &= ndimage.distance_transform_edt(~airway[near], sampling=spacing) > 3
+        air[near] &= ~_within(airway[near], spacing, 3)
     pieces, n = ndimage.label(air)
     rim = np.unique(np.concatenate([pieces[:, [0, -1]].ravel(), pieces[:, :, [0, -1]].ravel()]))
     size = np.bincount(pieces.ravel(), minlength=n + 1) * np.prod(spacing) / 1000
@@ -147,9 +163,9 @@ def _split(joined, spacing):
             return [joined & (side == 1), joined & (side == 2)]
     return [joined]
 
-# %% ../../nbs/data/06b_lungs.ipynb #fa61b576
+# %% ../../nbs/data/06b_lungs.ipynb #cf4b58a1
 def _closed(lung, spacing, radius_mm, pixel_mm=2.0):
-    """`lung` and the dents that a ball cannot enter, the thick ones grown by its sag; on pixels of about 2 mm, exact distances."""
+    """`lung` and the dents that a ball cannot enter, the thick ones grown by its sag; on pixels of about 2 mm."""
     k = max(1, int(pixel_mm / spacing[1]))
     size = [-(-n // k) * k for n in lung.shape[1:]]
     even = np.pad(lung, [(0, 0), *((0, full - n) for full, n in zip(size, lung.shape[1:]))])
@@ -162,13 +178,11 @@ def _closed(lung, spacing, radius_mm, pixel_mm=2.0):
 
 
 def _filled(lung, step, radius_mm, crease_mm=2.5, mouth_mm=20.0):
-    from scipy.ndimage import distance_transform_edt as distance
-    grown = distance(~lung, sampling=step) <= radius_mm
-    filled = distance(grown, sampling=step) > radius_mm
-    thick = distance(filled & ~lung, sampling=step) > crease_mm
+    filled = ~_within(~_within(lung, step, radius_mm), step, radius_mm)
+    thick = ~_within(~(filled & ~lung), step, crease_mm)
     if thick.any() and radius_mm > mouth_mm / 2:
         sag = radius_mm - np.sqrt(radius_mm**2 - (mouth_mm / 2) ** 2)
-        filled |= distance(~thick, sampling=step) <= crease_mm + sag
+        filled |= _within(thick, step, crease_mm + sag)
     return filled
 
 # %% ../../nbs/data/06b_lungs.ipynb #03c9bd87

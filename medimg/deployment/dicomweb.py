@@ -6,13 +6,14 @@
 __all__ = ['as_dicom_json', 'store_parts', 'Mismatch', 'parse_query', 'search', 'metadata_of', 'bulk_of', 'frames_of', 'rendered',
            'accepts', 'NotAcceptable', 'router']
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #ec1eeb5e
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #34bab5a7
 import asyncio
 import contextlib
 import re
 import secrets
+from functools import partial
 
-from .front import BadRequest, NotFound, ServiceError, declared_length, header, parts_of, read_body
+from .front import BadRequest, NotFound, ServiceError, Unsupported, declared_length, header, parts_of, read_body
 from .store import Conflict, StoreFull, check_uid
 from ..errors import DicomError, MedimgError, UnsupportedTransferSyntax, printable
 
@@ -25,6 +26,11 @@ _SERIES = {"modality": ("00080060", "CS"), "description": ("0008103E", "LO"), "b
 _INSTANCE = {"sop_class": ("00080016", "UI"), "sop_uid": ("00080018", "UI"), "modality": ("00080060", "CS"), "study_uid": ("0020000D", "UI"), "series_uid": ("0020000E", "UI"),
              "number": ("00200013", "IS"), "frames": ("00280008", "IS"), "rows": ("00280010", "US"), "columns": ("00280011", "US")}
 _TABLES = {"study": _STUDY, "series": _SERIES, "instance": _INSTANCE}
+_PATHS = {"study": "/studies/{study}", "series": "/studies/{study}/series/{series}", "instance": "/studies/{study}/series/{series}/instances/{instance}"}
+
+
+def _place(url, row, level):
+    return url + _PATHS[level].format(study=row["study_uid"], series=row.get("series_uid"), instance=row.get("sop_uid"))
 
 
 def as_dicom_json(row: dict, level: str, url: str) -> dict:
@@ -62,7 +68,7 @@ def as_dicom_json(row: dict, level: str, url: str) -> dict:
 def _person(text):
     return {k: part for k, part in zip(("Alphabetic", "Ideographic", "Phonetic"), str(text).split("=")) if part}
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #3d437ffb
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #b2f3a996
 _REASONS = ((StoreFull, 0xA700), (Conflict, 0x0111), (UnsupportedTransferSyntax, 0xC122), (DicomError, 0xC000))
 
 
@@ -105,10 +111,7 @@ def store_parts(store, parts, *, url: str, study_uid: str | None = None) -> tupl
     for headers, data in parts:
         try:
             facts = _take(store, headers, data, study_uid)
-            place = f"{url}/studies/{facts['study_uid']}/series/{facts['series_uid']}/instances/{facts['sop_uid']}"
-            kept.append({**_reference(facts["sop_class"], facts["sop_uid"]), "00081190": {"vr": "UR", "Value": [place]}})
-        except ServiceError as error:
-            _fail(data, error, failed, nameless)
+            kept.append({**_reference(facts["sop_class"], facts["sop_uid"]), "00081190": {"vr": "UR", "Value": [_place(url, facts, "instance")]}})
         except MedimgError as error:
             _fail(data, error, failed, nameless)
     answer = {"00081190": {"vr": "UR", "Value": [f"{url}/studies/{study_uid}" if study_uid else f"{url}/studies"]}}
@@ -224,7 +227,7 @@ def _attribute(keyword, value, level, filters, below, ignored):
     else:
         ignored.append(keyword)
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #7d294673
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #79e6232f
 def search(store, level: str, filters: dict, below: dict, *, url: str, study_uid: str | None = None, series_uid: str | None = None) -> list:
     """The answer to a QIDO query.
 
@@ -252,7 +255,7 @@ def search(store, level: str, filters: dict, below: dict, *, url: str, study_uid
     []
     """
     if level == "study":
-        return [as_dicom_json(row, "study", f"{url}/studies/{row['study_uid']}") for row in store.studies(**filters)]
+        return [as_dicom_json(row, level, _place(url, row, level)) for row in store.studies(**filters)]
     limit, offset, rows = filters["limit"], filters["offset"], []
     found = [{"study_uid": study_uid}] if study_uid else store.studies(**{**filters, "limit": 1000, "offset": 0})
     for study in found:
@@ -261,11 +264,6 @@ def search(store, level: str, filters: dict, below: dict, *, url: str, study_uid
         if len(rows) >= offset + limit:
             break
     return [as_dicom_json(row, level, _place(url, row, level)) for row in rows[offset:offset + limit]]
-
-
-def _place(url, row, level):
-    series = f"{url}/studies/{row['study_uid']}/series/{row['series_uid']}"
-    return series if level == "series" else f"{series}/instances/{row['sop_uid']}"
 
 # %% ../../nbs/deployment/06d_dicomweb.ipynb #4626c1ca
 _BULK, _BULK_VR = 1024, {"OB", "OD", "OF", "OL", "OV", "OW", "UN"}
@@ -490,7 +488,7 @@ def _uids(**uids):
     except DicomError as error:
         raise BadRequest(error.what, remedy=error.remedy) from error
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #0bd462ab
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #6675dbc5
 def router(app):
     """The DICOMweb routes of a service.
 
@@ -511,7 +509,7 @@ def router(app):
     """
     import fastapi
     routes = fastapi.APIRouter(tags=["dicomweb"])
-    for add in (_store_routes, _query_routes, _fetch_routes, _part_routes, _frame_routes):
+    for add in (_store_routes, _query_routes, _fetch_routes, _frame_routes):
         add(routes, app)
     return routes
 
@@ -532,7 +530,6 @@ async def _stow(app, request, study):
     handler, limit = app.state.handler, app.state.settings.max_body_mb << 20
     kind = header(request.scope, b"content-type")
     if kind.partition(";")[0].strip().lower() != "multipart/related":
-        from medimg.deployment.front import Unsupported
         raise Unsupported("instances come as multipart/related; type=\"application/dicom\"")
     _need(request, "application/dicom+json")
     with handler.gate.admitted(declared_length(request.scope, limit) or 0):
@@ -545,43 +542,33 @@ async def _stow(app, request, study):
     handler.metrics.add("instances_failed", bad)
     return _dicom_json(answer, status)
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #ddf6e233
-def _query_routes(routes, app):
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #6acc163a
+def _get(routes, path, said, answer):
+    """A GET route; `answer(request, ...)` is given what stands in its path, in order."""
     from fastapi import Request
 
-    async def found(request, level, study=None, series=None):
+    async def fetch(request: Request):
+        return await answer(request, *request.path_params.values())
+
+    named = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)]
+    routes.get(path, summary=said, openapi_extra={"parameters": named})(fetch)
+
+
+def _query_routes(routes, app):
+    async def found(level, request, study=None, series=None):
         _need(request, "application/dicom+json")
         _uids(StudyInstanceUID=study, SeriesInstanceUID=series)
         filters, below, ignored = parse_query(list(request.query_params.multi_items()), level)
-        rows = await asyncio.to_thread(lambda: search(app.state.handler.store, level, filters, below, url=_url(request), study_uid=study, series_uid=series))
+        rows = await asyncio.to_thread(search, app.state.handler.store, level, filters, below, url=_url(request), study_uid=study, series_uid=series)
         warned = {"warning": f'299 medimg "not searched: {", ".join(ignored)[:200]}"'} if ignored else {}
         return _dicom_json(rows, 200, warned) if rows else _dicom_json(b"", 204, warned)
 
-    @routes.get("/studies", summary="QIDO-RS: which studies?")
-    async def studies(request: Request):
-        return await found(request, "study")
+    for path, level, what in (("/studies", "study", "which studies?"), ("/series", "series", "which series?"), ("/instances", "instance", "which instances?"),
+                              (f"{_PATHS['study']}/series", "series", "the series of a study"), (f"{_PATHS['study']}/instances", "instance", "the instances of a study"),
+                              (f"{_PATHS['series']}/instances", "instance", "the instances of a series")):
+        _get(routes, path, f"QIDO-RS: {what}", partial(found, level))
 
-    @routes.get("/series", summary="QIDO-RS: which series?")
-    async def all_series(request: Request):
-        return await found(request, "series")
-
-    @routes.get("/instances", summary="QIDO-RS: which instances?")
-    async def all_instances(request: Request):
-        return await found(request, "instance")
-
-    @routes.get("/studies/{study}/series", summary="QIDO-RS: the series of a study")
-    async def series(study: str, request: Request):
-        return await found(request, "series", study)
-
-    @routes.get("/studies/{study}/instances", summary="QIDO-RS: the instances of a study")
-    async def instances(study: str, request: Request):
-        return await found(request, "instance", study)
-
-    @routes.get("/studies/{study}/series/{series}/instances", summary="QIDO-RS: the instances of a series")
-    async def instances_of_series(study: str, series: str, request: Request):
-        return await found(request, "instance", study, series)
-
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #1ff3a791
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #7ecaf128
 async def _rows(app, study, series=None, instance=None):
     _uids(StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=instance)
     rows = await asyncio.to_thread(app.state.handler.store.instances, study, series)
@@ -591,46 +578,21 @@ async def _rows(app, study, series=None, instance=None):
     return rows
 
 
-def _fetch_routes(routes, app):
-    from fastapi import Request
+async def _in_decoder(app, function, path, **options):
+    """What a function of this chapter says of a kept file, in a decoder process; an error comes without the place where we keep the file."""
+    found = await app.state.handler.decoders.load(b"", "call", str(path), options={"function": f"medimg.deployment.dicomweb.{function}", **options})
+    value = found[0][1]
+    if isinstance(value, MedimgError):
+        absent = re.fullmatch(r"frame -?\d+ of \d+|no binary element .*", value.what)
+        raise (NotFound if absent else type(value))(value.what, remedy=value.remedy)
+    return value
 
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #583a9eab
+def _fetch_routes(routes, app):
     async def whole(request, *where):
         _need(request, "multipart/related", "application/dicom")
         rows = await _rows(app, *where)
         return _related([({"Content-Type": f"application/dicom; transfer-syntax={row['syntax']}"}, row["path"]) for row in rows], "application/dicom")
-
-    @routes.get("/studies/{study}", summary="WADO-RS: a study, whole")
-    async def study(study: str, request: Request):
-        return await whole(request, study)
-
-    @routes.get("/studies/{study}/series/{series}", summary="WADO-RS: a series, whole")
-    async def series(study: str, series: str, request: Request):
-        return await whole(request, study, series)
-
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}", summary="WADO-RS: an instance, whole")
-    async def instance(study: str, series: str, instance: str, request: Request):
-        return await whole(request, study, series, instance)
-
-
-async def _in_decoder(app, function, path, **options):
-    """What a function of this chapter says of a kept file, in a decoder process."""
-    found = await app.state.handler.decoders.load(b"", "call", str(path), options={"function": f"medimg.deployment.dicomweb.{function}", **options})
-    value = found[0][1]
-    if isinstance(value, MedimgError):
-        raise _hidden(value)
-    return value
-
-
-def _hidden(error):
-    """The error without the place where we keep the file."""
-    kind = type(error)(error.what, remedy=error.remedy)
-    if re.fullmatch(r"frame -?\d+ of \d+|no binary element .*", error.what):
-        return NotFound(error.what, remedy=error.remedy)
-    return kind
-
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #79dfb1a2
-def _part_routes(routes, app):
-    from fastapi import Request
 
     async def metadata(request, *where):
         _need(request, "application/dicom+json")
@@ -638,41 +600,34 @@ def _part_routes(routes, app):
         found = await asyncio.gather(*(_in_decoder(app, "metadata_of", row["path"], url=_place(_url(request), row, "instance")) for row in rows))
         return _dicom_json(b"[" + b",".join(text.encode() for text in found) + b"]")
 
-    @routes.get("/studies/{study}/metadata", summary="WADO-RS: headers of a study")
-    async def of_study(study: str, request: Request):
-        return await metadata(request, study)
-
-    @routes.get("/studies/{study}/series/{series}/metadata", summary="WADO-RS: headers of a series")
-    async def of_series(study: str, series: str, request: Request):
-        return await metadata(request, study, series)
-
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}/metadata", summary="WADO-RS: header of an instance")
-    async def of_instance(study: str, series: str, instance: str, request: Request):
-        return await metadata(request, study, series, instance)
-
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}/bulkdata/{tag}", summary="WADO-RS: one long value")
-    async def bulkdata(study: str, series: str, instance: str, tag: str, request: Request):
+    async def bulkdata(request, *where_and_tag):
+        *where, tag = where_and_tag
         if not re.fullmatch(r"[0-9A-Fa-f]{8}", tag):
             raise BadRequest("a tag has eight hexadecimal digits")
         _need(request, "multipart/related", "application/octet-stream")
-        rows = await _rows(app, study, series, instance)
+        rows = await _rows(app, *where)
         value = await _in_decoder(app, "bulk_of", rows[0]["path"], tag=tag)
         return _related([({"Content-Type": "application/octet-stream"}, value.tobytes())], "application/octet-stream")
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #0e6267d6
-def _frame_routes(routes, app):
-    from fastapi import Request
+    for path, what in zip(_PATHS.values(), ("a study", "a series", "an instance")):
+        _get(routes, path, f"WADO-RS: {what}, whole", whole)
+        _get(routes, f"{path}/metadata", f"WADO-RS: headers of {what}", metadata)
+    _get(routes, f"{_PATHS['instance']}/bulkdata/{{tag}}", "WADO-RS: one long value", bulkdata)
 
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}/frames/{frames}", summary="WADO-RS: pixels of frames")
-    async def pixels(study: str, series: str, instance: str, frames: str, request: Request):
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #0e39bc55
+def _frame_routes(routes, app):
+    async def pixels(request, study, series, instance, frames):
         _need(request, "multipart/related", "application/octet-stream")
         numbers = _numbers(frames)
         rows = await _rows(app, study, series, instance)
         found = await _in_decoder(app, "frames_of", rows[0]["path"], numbers=numbers)
         return _related([({"Content-Type": "application/octet-stream; transfer-syntax=1.2.840.10008.1.2.1"}, f.tobytes()) for f in found], "application/octet-stream")
 
-    async def picture(request, study, series, instance, number):
+    async def picture(request, study, series, instance, frame="1"):
         from starlette.responses import Response
+        number, *more = _numbers(frame)
+        if more:
+            raise BadRequest("one frame at a time is drawn")
         form = next((f for f in ("jpeg", "png") if accepts(request.headers.get("accept", ""), f"image/{f}")), None)
         if form is None:
             raise NotAcceptable("pictures are given as image/jpeg or image/png")
@@ -681,16 +636,9 @@ def _frame_routes(routes, app):
         found = await _in_decoder(app, "rendered", rows[0]["path"], number=number, form=form, window=window)
         return Response(found.tobytes(), media_type=f"image/{form}")
 
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}/rendered", summary="WADO-RS: an instance as a picture")
-    async def instance_picture(study: str, series: str, instance: str, request: Request):
-        return await picture(request, study, series, instance, 1)
-
-    @routes.get("/studies/{study}/series/{series}/instances/{instance}/frames/{frame}/rendered", summary="WADO-RS: a frame as a picture")
-    async def frame_picture(study: str, series: str, instance: str, frame: str, request: Request):
-        numbers = _numbers(frame)
-        if len(numbers) != 1:
-            raise BadRequest("one frame at a time is drawn")
-        return await picture(request, study, series, instance, numbers[0])
+    _get(routes, f"{_PATHS['instance']}/frames/{{frames}}", "WADO-RS: pixels of frames", pixels)
+    _get(routes, f"{_PATHS['instance']}/rendered", "WADO-RS: an instance as a picture", picture)
+    _get(routes, f"{_PATHS['instance']}/frames/{{frame}}/rendered", "WADO-RS: a frame as a picture", picture)
 
 
 def _numbers(text):
