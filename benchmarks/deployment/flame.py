@@ -3,7 +3,7 @@
     python benchmarks/deployment/flame.py --svg artefacts/flame.svg [--json results/benchmarks/deployment_flame.json] [--side 28] [--clients 8] [--seconds 10]
 
 py-spy samples the service and its decoders a hundred times a second while wrk asks; samples of threads that only wait do not count. A sample belongs to the stage of the innermost frame that the table
-below knows; what calls into C (ONNX Runtime, OpenCV, zlib) belongs to the Python frame that called it. py-spy stops a process for each sample, so the service is somewhat slower than without it.
+below knows; what runs in C (ONNX Runtime, OpenCV, zlib) belongs to the Python frame that called it. `threads` is the pool of threads handing over work. py-spy stops a process for each sample, so the service is somewhat slower than without it.
 """
 import argparse
 import json
@@ -19,27 +19,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "deployment")]
 
-#: Stage -> what one of its frames looks like; the first that fits a frame counts.
+#: Stage -> what one of its frames looks like; the innermost frame that fits any of them decides.
 STAGES = {
-    "audit": r"deployment/(audit|chain)\.py|[( /]hmac\.py",
-    "graph": r"deployment/engine\.py|deployment/int8\.py|[( /]onnxruntime/",
-    "preprocess": r"data/preprocess\.py|(batch|preprocess)\S* \(medimg/deployment/bundle\.py",
-    "decode": r"deployment/(decoders|intake)\.py|data/(dicom|images|nifti|volume)\w*\.py|[( /](pydicom|PIL|cv2|pylibjpeg|openjpeg)/|numpy/lib/\w*format|medimg/files\.py",
-    "answer": r"deployment/(predict|prediction|located|reference|handler|batching|bundle|manifest|stored|store|words|study)\.py|data/qa\.py|evaluation/",
-    "HTTP": r"deployment/(service|front|guard|metrics|security|settings|jobs)\.py|[( /](uvicorn|fastapi|starlette|httptools|uvloop|h11|asyncio|anyio)/",
+    "audit": r"deployment/(audit|chain)\.py|[( /]hmac\.py|Auditor\S* \(medimg/deployment/guard\.py",
+    "graph": r"deployment/(engine|int8)\.py|[( /]onnxruntime/",
+    "preprocess": r"data/preprocess\.py",
+    "decode": r"deployment/(decoders|intake|plain)\.py|medimg/data/|[( /](pydicom|PIL|cv2|pylibjpeg|openjpeg)/|numpy/lib/\w*format|medimg/files\.py",
+    "answer": r"medimg/deployment/(?!service|front|guard|metrics|security|settings|jobs|audit|chain|engine)|medimg/(evaluation|models)/",
+    "HTTP": r"medimg/deployment/(service|front|guard|metrics|security|settings|jobs)\.py",
 }
-_KNOWN = {name: re.compile(pattern) for name, pattern in STAGES.items()}
-_WAITS = re.compile(r"^(_?(recv|recv_bytes|wait|accept|select|poll|read|_recv|_poll)) \((multiprocessing|selectors|threading|queue|subprocess)\b")
+#: The same for what carries the work of others, asked only when no frame fits above: a sample with nothing else on its stack is the loop itself, or a thread taking its turn.
+CARRIERS = {"threads": r"concurrent/futures/|[( /](threading|queue)\.py", "HTTP": r"[( /](uvicorn|fastapi|starlette|httptools|uvloop|h11|asyncio|anyio|multiprocessing)/"}
+_TABLES = [{name: re.compile(pattern) for name, pattern in table.items()} for table in (STAGES, CARRIERS)]
 
 
 def stage_of(frames):
-    """The stage of one sample: of the innermost frame that belongs to any; None when the process waits for another."""
-    if frames and _WAITS.match(frames[-1]):
-        return None
-    for frame in reversed(frames):
-        for name, known in _KNOWN.items():
-            if known.search(frame):
-                return name
+    """The stage of one sample, outermost frame first: of the innermost frame that belongs to any."""
+    for table in _TABLES:
+        for frame in reversed(frames):
+            for name, known in table.items():
+                if known.search(frame):
+                    return name
     return "other"
 
 
@@ -48,10 +48,10 @@ def shares(collapsed):
     found = Counter()
     for line in collapsed.splitlines():
         stack, _, count = line.rpartition(" ")
-        if stack and count.isdigit() and (stage := stage_of([f for f in stack.split(";") if not f.startswith(("process ", "thread "))])):
-            found[stage] += int(count)
+        if stack and count.isdigit():
+            found[stage_of([f for f in stack.split(";") if not f.startswith(("process ", "thread "))])] += int(count)
     total = sum(found.values())
-    return {"samples": total, "shares": {name: round(found[name] / total, 3) for name in sorted([*STAGES, "other"], key=lambda n: -found[n])} if total else {}}
+    return {"samples": total, "shares": {name: round(found[name] / total, 3) for name in sorted([*STAGES, "threads", "other"], key=lambda n: -found[n])} if total else {}}
 
 
 def recorder():
@@ -69,6 +69,12 @@ def record(pid, seconds, out, kind):
                           capture_output=True, text=True)
     if done.returncode or not Path(out).is_file():
         raise SystemExit(f"py-spy: {done.stderr.strip()[-400:]}\nRemedy: it needs leave to trace another process: run as root, or in a container with --cap-add SYS_PTRACE")
+
+
+def titled(svg, title):
+    """A title that says what was measured, in place of py-spy's command line; no paths of this machine."""
+    text = re.sub(r'(<text id="title"[^>]*>)[^<]*', lambda m: m[1] + title, svg.read_text(encoding="utf-8"))
+    svg.write_text(re.sub(r"(process \d+:&quot;)\S*/(?=python)|(?<=python )/\S*/(?=start.py)", r"\1", text), encoding="utf-8")
 
 
 def arguments(argv=None):
@@ -98,6 +104,8 @@ def main(argv=None):
                     loaded(service, body, given, out, kind, folder)
         finally:
             service.stop()
+        if given.svg:
+            titled(given.svg, f"medimg service, {given.side} px, {given.kind}, {given.clients} clients")
         found = {"side": given.side, "kind": given.kind, "clients": given.clients, "machine": {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}, **shares((folder / "raw.txt").read_text())}
     for name, share in found["shares"].items():
         print(f"{name:<12} {share:6.1%}")
