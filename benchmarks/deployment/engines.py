@@ -142,7 +142,7 @@ def main(argv=None):
         kind, *rest = json.loads(given.one)
         return print(json.dumps({"one": one, "keras": keras}[kind](*rest)))
     from medimg.config import write_atomic
-    rows = list(table(given.repeats, 0.3 if given.quick else 1.0))
+    rows = list(table(given.repeats, 0.3 if given.quick else 1.5))
     if given.json:
         write_atomic(given.json, json.dumps({"machine": {"cores": os.cpu_count(), "load": os.getloadavg()}, "rows": rows}, indent=1) + "\n")
 
