@@ -1,4 +1,4 @@
-"""Eight bits against thirty-two on one thread, and what that costs in AUC: python benchmarks/deployment/int8.py [--json]
+"""Eight bits against thirty-two on one thread, and what that costs in AUC: python benchmarks/deployment/int8.py
 
 28 px: the shipped pneumonia bundle, AUC on validation images. 224 px: a residual network with random weights; its speed does not depend on them. Each round runs both, one after the
 other; the ratio of a round is float32 time over int8 time; printed are the median and the 10th and 90th percentile of the rounds.

@@ -1,15 +1,19 @@
-"""What the running service answers a second, beside bare ONNX Runtime with one thread: 28 and 224 pixels, 1, 8 and 64 clients, raw body, form and DICOM; overload; memory.
+"""What the running service answers a second, beside bare ONNX Runtime with the same threads: 28 and 224 pixels, 1, 8 and 64 clients, raw body, form and DICOM; two workers; overload; memory.
 
-    python benchmarks/deployment/service.py --json results/benchmarks/deployment_service.json [--seconds 3] [--workers 2] [--audit before]
+    python benchmarks/deployment/service.py --json results/benchmarks/deployment_service.json [--seconds 3] [--audit before] [--quick]
 
-wrk (Debian) is the client, on loopback, on the same processors. The service is started as `serve` starts it, in a process of its own. Each row also says what the service's processes used of the
-processor for one request, which depends less on what else the machine does; the load average at the time stands in the file. The 28-px bundle is the shipped `pneumonia` (a ResNet), the 224-px one a toy graph.
+wrk (Debian) is the client of the throughput rows, on loopback, on the same processors. The service is started as `serve` starts it, in a process of its own. Each row also says what the service's
+processes used of the processor for one request, which depends less on what else the machine does; the load average at the time stands in the file. The 28-px bundle is the shipped `pneumonia`, the
+224-px ones are the registry's `resnet` with random weights: as it is by default, and twice as wide, as in `int8.py`. `share` is requests a second over pictures a second of ONNX Runtime alone
+with as many threads, one picture at a time or eight, whichever is faster. Overload is ten times the rate that 16 clients get, asked by 160 clients of a service that admits 16; there a client of our own counts, for wrk's
+percentiles mix accepted and refused (`p99_ratio`: p99 of the accepted over that of normal load, the mean of before and after). `client_alone` says what that client measures of a server that does nothing. A full run takes under six minutes, --quick under 90 seconds.
 """
 import argparse
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,37 +21,50 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import httpx  # noqa: E402
 import numpy as np  # noqa: E402
+from asker import Idle, ask  # noqa: E402
 from running import Running  # noqa: E402
 
 from medimg.config import write_atomic  # noqa: E402
 from medimg.deployment.bundle import Bundle, build_bundle, toy_images  # noqa: E402
-from medimg.deployment.engine import Engine, toy_network  # noqa: E402
+from medimg.deployment.engine import Engine, export_onnx  # noqa: E402
 from medimg.plots import png_bytes  # noqa: E402
 
 
-def bundle_224(folder):
-    """A toy bundle of 224 pixels."""
+def bundle_224(folder, width):
+    """A bundle of 224 pixels around the registry's small ResNet with random weights."""
+    from medimg.config import set_seed
     from medimg.data.preprocess import Preprocessor
     from medimg.deployment.manifest import example_manifest
     from medimg.deployment.reference import fit_reference, fit_temperature
-    (images, labels), model = toy_images(60, side=224), toy_network(size=224)
+    from medimg.models.networks import build_model
+    from medimg.models.resnet import inference_model
+    set_seed(0)
+    images, labels = toy_images(240, side=224)
     pre = Preprocessor([("resize", {"height": 224, "width": 224}), ("scale", {"low": 0, "high": 255})])
+    model = export_onnx(inference_model(build_model("resnet", (224, 224, 1), 2, width=width)), folder / f"resnet-{width}.onnx")
     found, known = Engine(model).run(pre.batch(images)), example_manifest()
     facts = {k: known[k] for k in ("version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")}
     facts["input"] = {k: v for k, v in facts["input"].items() if k != "shape"}
-    return build_bundle(folder, model=model, preprocessor=pre, training_ids=["0" * 16], name="toy-224", **facts,
-                        calibration=fit_temperature(found["logits"][30:], labels[30:], task="binary"), reference=fit_reference(found["features"][:30], found["features"][30:])).path
+    return build_bundle(folder / f"b{width}", model=model.read_bytes(), preprocessor=pre, training_ids=["0" * 16], name=f"resnet-224-{width}", **facts,
+                        calibration=fit_temperature(found["logits"][160:], labels[160:], task="binary"), reference=fit_reference(found["features"][:160], found["features"][160:], quantile=1.0)).path
+
+
+def picture(side):
+    """One that the bundle answers: a radiograph of PneumoniaMNIST, or one like those that the 224-px bundle was made with."""
+    if side == 224:
+        return toy_images(2, seed=5, side=side)[0][1]
+    from medimg.data.datasets import load_dataset
+    return np.ascontiguousarray(np.squeeze(load_dataset("pneumoniamnist", quiet=True).split("val").images[0]))
 
 
 def bodies(side):
     """A picture as PNG, NumPy, form and DICOM: (content type, bytes)."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-    image = toy_images(2, seed=5, side=side)[0][1]
+    image = picture(side)
     png, out, film = png_bytes(image), io.BytesIO(), io.BytesIO()
     np.save(out, image)
     ds = Dataset()
@@ -92,33 +109,61 @@ def wrk(service, body, clients, seconds, folder):
     after = tree(service.process.pid)
     n = int(re.search(r"(\d+) requests in", out)[1])
     ms = {p: float(v) * {"us": 1e-3, "ms": 1, "s": 1e3}[u] for p, v, u in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)\b", out)}
-    bad = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
+    bad, broken = re.search(r"Non-2xx or 3xx responses: (\d+)", out), re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", out)
     used = sum(after[p] - before.get(p, 0) for p in after)
     return {"clients": clients, "requests": n, "per_s": round(float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1])), "p50_ms": ms.get("50"), "p99_ms": ms.get("99"),
-            "not_2xx": int(bad[1]) if bad else 0, "cpu_us_per_request": round(used / max(n, 1) * 1e6), "load": round(os.getloadavg()[0], 1)}
+            "not_2xx": int(bad[1]) if bad else 0, "broken": sum(map(int, broken.groups())) if broken else 0, "cpu_us_per_request": round(used / max(n, 1) * 1e6), "load": round(os.getloadavg()[0], 1)}
 
 
-def bare(path, seconds):
-    """Images a second of ONNX Runtime alone, one thread, one process, at batch 1, 8 and 64."""
+def bare(path, seconds, *, most=2):
+    """Images a second of ONNX Runtime alone in one process, for each number of threads at batch 1, 8 and 64."""
     bundle, rows = Bundle.load(path, allow_unsigned=True), {}
-    engine = Engine(bundle._files["model.onnx"], threads=1)
-    for n in (1, 8, 64):
-        batch, count, start, used = np.zeros((n, *engine.input_shape), np.float32), 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < seconds / 3:
+    for threads in range(1, most + 1):
+        engine, rows[threads] = Engine(bundle._files["model.onnx"], threads=threads), {}
+        for n in (1, 8, 64):
+            batch = np.random.default_rng(0).random((n, *engine.input_shape), np.float32)
             engine.run(batch)
-            count += n
-        rows[n] = {"per_s": round(count / (time.perf_counter() - start)), "cpu_us_per_image": round((time.process_time() - used) / count * 1e6)}
+            count, start, used = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - start < seconds / 3:
+                engine.run(batch)
+                count += n
+            rows[threads][n] = {"per_s": round(count / (time.perf_counter() - start)), "cpu_us_per_image": round((time.process_time() - used) / count * 1e6)}
     return rows
 
 
-def overload(bundle, folder, seconds, **settings):
-    """Accepted and refused at the queue's length and at ten times as many clients."""
-    (folder / "over").mkdir()
-    service, data = Running(folder / "over", bundle=bundle, queue=16, **settings), bodies(28)["png"]
+def shared(rows, alone, threads):
+    """The rows with `share`: of what ONNX Runtime alone does with as many threads, at batch 1 or 8."""
+    best = max(alone[threads][n]["per_s"] for n in (1, 8))
+    return [{**row, "threads": threads, "share": round(row["per_s"] / best, 3)} for row in rows]
+
+
+def overload(path, side, folder, seconds, **settings):
+    """Normal load, 16 clients of a service that admits 16, and ten times that rate asked by 160; then what the client measures of a server that does nothing at the same rate."""
+    folder.mkdir()
+    service, (kind, data) = Running(folder, bundle=path, queue=16, **settings), bodies(side)["png"]
     try:
-        return {"queue": 16, "16 clients": wrk(service, data, 16, seconds, folder), "160 clients": wrk(service, data, 160, seconds, folder), "statuses": counted(service)}
+        first_answer(service, (kind, data))
+        normal = ask(service.port, data, kind=kind, key=service.key, clients=16, seconds=seconds)
+        over = ask(service.port, data, kind=kind, key=service.key, clients=160, seconds=seconds, rate=10 * normal["accepted"]["per_s"])
+        again = ask(service.port, data, kind=kind, key=service.key, clients=16, seconds=seconds)
+        counted_ = counted(service)
     finally:
         service.stop()
+    with Idle() as port:
+        alone = {"16 clients": ask(port, data, kind=kind, clients=16, seconds=1), "160 clients": ask(port, data, kind=kind, clients=160, seconds=1, rate=max(1, over["asked_per_s"]))}
+    usual = (normal["accepted"]["p99_ms"] + again["accepted"]["p99_ms"]) / 2
+    return {"queue": 16, "16 clients": normal, "160 clients, ten times the rate": over, "16 clients, afterwards": again, "client_alone": alone, "statuses": counted_,
+            "offered": round(over["asked_per_s"] / normal["accepted"]["per_s"], 1), "p99_ratio": round(over["accepted"]["p99_ms"] / usual, 2),
+            "only_200_and_429": set(counted_) <= {"200", "429"}}
+
+
+def first_answer(service, body):
+    """The status in the first answer; another than `answered` would make the rest meaningless."""
+    with service.client() as client:
+        record = client.post("/v1/predict", content=body[1], headers={"content-type": body[0]}).raise_for_status().json()
+    if record["status"] != "answered":
+        raise SystemExit(f"the service did not answer but said {record['status']}: {record.get('reasons')}")
+    return record["status"]
 
 
 def counted(service):
@@ -127,44 +172,78 @@ def counted(service):
         return {s: int(float(n)) for s, n in re.findall(r'route="predict",status="(\d+)"\} (\S+)', client.get("/metrics").text)}
 
 
-def endure(service, data, folder, total=10_000, bound_s=45):
-    """Memory before and after many requests, in a bounded time."""
-    start, n, before = time.monotonic(), 0, memory_mb(service.process.pid)
-    rows = [round(before)]
+def endure(service, data, folder, *, first=2_000, total=10_000, bound_s=60):
+    """Resident memory before and after many requests, in a bounded time; the first ones, which fill pools and caches, come before."""
+    start, rows, n = time.monotonic(), [], 0
+    while n < first and time.monotonic() - start < bound_s / 3:
+        n += wrk(service, data, 16, 2, folder)["requests"]
+    warm, n = n, 0
+    rows.append(round(memory_mb(service.process.pid), 2))
     while n < total and time.monotonic() - start < bound_s:
-        n += wrk(service, data, 16, 4, folder)["requests"]
-        rows.append(round(memory_mb(service.process.pid)))
-    return {"requests": n, "memory_mb": rows}
+        n += wrk(service, data, 16, 3, folder)["requests"]
+        rows.append(round(memory_mb(service.process.pid), 2))
+    return {"before": warm, "requests": n, "memory_mb": rows, "growth_mb": round(rows[-1] - rows[0], 2)}
 
 
-def main():
+def one_bundle(name, path, side, folder, given):
+    """All rows of one bundle: bare, one worker with each kind of body, two workers, memory."""
+    alone, kinds = bare(path, given.seconds), bodies(side)
+    row, few = {"bare": alone}, given.quick
+    service = Running(_new(folder / f"{name}-1"), bundle=path, threads=1, audit=given.audit)
+    try:
+        first_answer(service, kinds["png"])
+        for kind in kinds:
+            some = (1, 8, 64) if kind == "png" or not few else (8,)
+            row[kind] = shared([wrk(service, kinds[kind], c, given.seconds, folder) for c in some], alone, 1)
+        if side == 28:
+            row["memory"] = endure(service, kinds["png"], folder, bound_s=20 if few else 60)
+        row["statuses"] = counted(service)
+    finally:
+        service.stop()
+    service = Running(_new(folder / f"{name}-2"), bundle=path, threads=1, audit=given.audit, workers=2)
+    try:
+        first_answer(service, kinds["png"])
+        wrk(service, kinds["png"], 8, 1, folder)
+        row["png, 2 workers"] = shared([wrk(service, kinds["png"], c, given.seconds, folder) for c in ((8,) if few else (1, 8, 64))], alone, 2)
+    finally:
+        service.stop()
+    return row
+
+
+def _new(folder):
+    folder.mkdir()
+    return folder
+
+
+def arguments(argv=None):
+    """What was asked for."""
+    ask_ = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask_.add_argument("--json", type=Path, help="write everything here")
+    ask_.add_argument("--seconds", type=int, help="of each row (3; with --quick 1)")
+    ask_.add_argument("--audit", default="before", choices=("before", "after", "off"))
+    ask_.add_argument("--quick", action="store_true", help="fewer rows, one 224-px network")
+    given = ask_.parse_args(argv)
+    given.seconds = given.seconds or (1 if given.quick else 3)
+    return given
+
+
+def main(argv=None):
     """Measure, print, write."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--json")
-    ask.add_argument("--seconds", type=int, default=3)
-    ask.add_argument("--workers", type=int, default=1)
-    ask.add_argument("--audit", default="before")
-    ask.add_argument("--quick", action="store_true", help="fewer rows")
-    given = ask.parse_args()
-    settings = {"workers": given.workers, "audit": given.audit, "decoders": 2}
-    found = {"machine": {"cores": os.cpu_count(), "load": os.getloadavg()}, "settings": {**settings, "seconds": given.seconds}, "client": "wrk, 1 thread, loopback, same processors", "bundles": {}}
+    given = arguments(argv)
+    if not shutil.which("wrk"):
+        raise SystemExit("wrk is not installed. Remedy: apt-get install wrk")
+    found = {"machine": {"cores": os.cpu_count(), "load": os.getloadavg()}, "settings": {"audit": given.audit, "decoders": 2, "seconds": given.seconds, "threads": "1 for each worker"},
+             "client": "wrk, 1 thread, loopback, same processors; overload: benchmarks/asker.py", "bundles": {}, "overload": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, path, side in (("28 px (pneumonia)", "pneumonia", 28), ("224 px (toy)", bundle_224(folder / "b224"), 224)):
-            (folder / str(side)).mkdir()
-            found["bundles"][name] = row = {"bare": bare(path, given.seconds)}
-            service, kinds = Running(folder / str(side), bundle=path, **settings), bodies(side)
-            try:
-                httpx.post(f"{service.base}/v1/predict", content=kinds["png"][1], headers={"authorization": f"Bearer {service.key}"}).raise_for_status()
-                row["png"] = [wrk(service, kinds["png"], c, given.seconds, folder) for c in (1, 8, 64)]
-                for kind in ("npy", "form", "dicom"):
-                    row[kind] = [wrk(service, kinds[kind], c, given.seconds, folder) for c in ((8,) if given.quick else (1, 8, 64))]
-                row["memory"] = endure(service, kinds["png"], folder, bound_s=10 if given.quick else 60) if side == 28 else None
-            finally:
-                service.stop()
-            print(json.dumps(row, indent=1), flush=True)
-        found["overload"] = overload("pneumonia", folder, given.seconds, workers=given.workers, audit=given.audit)
-    print(json.dumps(found["overload"], indent=1))
+        todo = {"28 px (pneumonia)": ("pneumonia", 28)} | {f"224 px (ResNet, width {w})": (bundle_224(folder, w), 224) for w in ((16,) if given.quick else (16, 32))}
+        for k, (name, (path, side)) in enumerate(todo.items()):
+            found["bundles"][name] = row = one_bundle(str(k), path, side, folder, given)
+            print(name, json.dumps(row, indent=1), flush=True)
+        for k, (name, (path, side)) in enumerate([*todo.items()][:2]):
+            found["overload"][name] = row = overload(path, side, folder / f"over-{k}", given.seconds, audit=given.audit, threads=1)
+            print(name, json.dumps(row, indent=1), flush=True)
+    found["machine"]["load_after"] = os.getloadavg()
     if given.json:
         write_atomic(given.json, json.dumps(found, indent=1) + "\n")
 
