@@ -1,5 +1,8 @@
 """Pictures that are read without a process of their own: the same values as by Pillow, and nothing else is read."""
 import io
+import json
+import re
+import time
 import zlib
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from running import Running
 
 from medimg.deployment.decoders import load_bytes, plain_study
 
@@ -92,3 +96,70 @@ def test_only_the_plainest_arrays():
               "programs": npy(np.array([{}], object)), "code": npy(plain).replace(b"'|u1'", b"exit( ")}
     assert read(npy(plain), ".npy") is not None and plain_study(others.pop("dark"), ".npy", "a").reasons
     assert [name for name, data in others.items() if read(data, ".npy") is not None] == []
+
+
+# ---- the quick way of the service -----------------------------------------------------------------------------------------------
+def exchange(service, *, headers="", body=b"", pieces=1):
+    """Head and body of the answer to a request that is written by hand."""
+    import socket
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as s:
+        for piece in (head + body,) if pieces == 1 else (head, body):
+            s.sendall(piece)
+            time.sleep(0.05)
+        got = b""
+        while b"\r\n\r\n" not in got or len(got.partition(b"\r\n\r\n")[2]) < int(re.search(rb"content-length: (\d+)", got)[1]):
+            got += s.recv(65536)
+    return got.partition(b"\r\n\r\n")[::2]
+
+
+def plainly(head, body):
+    """An answer without what differs from request to request."""
+    return re.sub(rb"(date|x-request-id): [^\r]*|content-length: \d+", b"", head), {k: v for k, v in json.loads(body).items() if k not in ("created", "duration_ms", "request_id")}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    running = Running(tmp_path_factory.mktemp("quick"), bundle="pneumonia", decoders=1)
+    yield running
+    assert running.stop() == 0 and "Traceback" not in "".join(running.log)
+
+
+PICTURE = by_pillow(np.random.default_rng(3).integers(0, 256, (28, 28), dtype="uint8"))
+
+
+@pytest.mark.parametrize("body", [PICTURE, PICTURE[:-1], b"", b"text", by_pillow(np.full((8, 8), 9, "uint8"))], ids=["picture", "cut", "nothing", "text", "small"])
+def test_both_ways_say_the_same(service, body):
+    key = f"Authorization: Bearer {service.key}\r\n"
+    for headers in (key, key + "Content-Type: image/png\r\n", key + "Content-Type: image/jpeg\r\n", key + "Connection: close\r\n", "", "Authorization: Bearer wrong\r\n"):
+        quick, usual = (plainly(*exchange(service, headers=headers, body=body, pieces=n)) for n in (1, 2))
+        assert quick == usual, headers
+
+
+def test_one_line_of_the_log_for_each_answer_and_before_it(service):
+    key, seen = f"Authorization: Bearer {service.key}\r\n", []
+    for pieces in (1, 2):
+        head, _ = exchange(service, headers=key, body=PICTURE, pieces=pieces)
+        request = re.search(rb"x-request-id: (\w+)", head)[1].decode()
+        lines = [json.loads(line)["e"] for line in (service.settings.folder / "audit.jsonl").read_text().splitlines() if request in line]
+        assert len(lines) == 1
+        seen.append({k: v for k, v in lines[0].items() if k not in ("ms", "request")})
+    assert seen[0] == seen[1] and seen[0]["outcome"] == "ok" and seen[0]["bundle"] == "pneumonia"
+
+
+def test_requests_that_come_at_once_on_one_connection_are_answered_in_order(service):
+    import socket
+    one = f"POST /v1/predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {service.key}\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode() + PICTURE
+    bad = f"POST /v1/predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {service.key}\r\nContent-Length: 1\r\n\r\nx".encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as s:
+        s.sendall(one + bad + one + bad.replace(b"Host: a", b"Host: a\r\nConnection: close"))
+        got = b""
+        while piece := s.recv(65536):
+            got += piece
+    assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"415", b"200", b"415"]
+
+
+def test_nothing_stays_in_work(service):
+    with service.client() as client:
+        text = client.get("/metrics").text
+    assert re.search(r"^medimg_requests_in_flight 0$", text, re.M) and re.search(r"^medimg_bytes_in_flight 0$", text, re.M)
