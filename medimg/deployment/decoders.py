@@ -73,7 +73,7 @@ def kind_of(data: bytes, declared: str = "") -> str:
                            remedy="state the type of what is sent, or application/octet-stream")
     return found
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #dcf6ae87
+# %% ../../nbs/deployment/06f_decoders.ipynb #5308638b
 _SMALL, _PLAIN_PIXELS = 64 << 10, 1 << 16
 _PNG, _GREY, _END = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"\x08\0\0\0\0", b"\0\0\0\0IEND\xaeB`\x82"
 _NPY = re.compile(rb"\x93NUMPY\x01\x00\x76\x00\{'descr': '\|u1', 'fortran_order': False, 'shape': \(([1-9][0-9]{0,4}), ([1-9][0-9]{0,4})\), \} *\n")
