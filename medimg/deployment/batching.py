@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_together', 'Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #cbc60e3e
+# %% ../../nbs/deployment/06c_batching.ipynb #2ec7194e
 import asyncio
 import collections
 import time
@@ -45,7 +45,7 @@ class _Ran(Bundle):
     def threshold(self):
         return self._known.threshold
 
-
+# %% ../../nbs/deployment/06c_batching.ipynb #484ca2a9
 def answer_together(bundle, studies) -> list:
     """What `answer` says about each study, with one run of the network for all that fit it.
 

@@ -6,7 +6,7 @@
 __all__ = ['MAX_LINE', 'MAX_TORN', 'FIELDS', 'AuditError', 'checked', 'key_id', 'pseudonym', 'AuditReport', 'read_head',
            'torn_sha256', 'verify']
 
-# %% ../../nbs/deployment/05j_chain.ipynb #e041c3fb
+# %% ../../nbs/deployment/05j_chain.ipynb #f6a0dc14
 import contextlib
 import functools
 import hashlib
@@ -44,7 +44,7 @@ def _is_address(text):
         return bool(ipaddress.ip_address(text))
     return False
 
-
+# %% ../../nbs/deployment/05j_chain.ipynb #18ddf5bf
 #: Field of an event -> the test that its value must pass. What is not here is refused.
 FIELDS = {
     "action": _matches(_SLUG, 40), "outcome": lambda v: v in ("ok", "refused", "error"), "reason": _matches(_SLUG, 60),

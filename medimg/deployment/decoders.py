@@ -439,7 +439,7 @@ class Decoder(_Asking):
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../nbs/deployment/06f_decoders.ipynb #f1f5805b
+# %% ../../nbs/deployment/06f_decoders.ipynb #ae83f637
 def _believed(head, body, n):
     rows, buffer = json.loads(head), memoryview(body)
     if len(rows) != n:
@@ -453,7 +453,7 @@ def _error_of(row):
     path, remedy = (row[k] and str(row[k])[:400] for k in ("path", "remedy"))
     return kind(str(row["what"])[:300], path=Path(path).name if path else None, remedy=remedy)
 
-
+# %% ../../nbs/deployment/06f_decoders.ipynb #b6f90fe3
 class Decoders:
     """Worker processes that open what strangers send.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gate', 'files_of', 'Handler', 'record_json']
 
-# %% ../../nbs/deployment/06j_handler.ipynb #e16dcc35
+# %% ../../nbs/deployment/06j_handler.ipynb #5f9e3a1b
 import asyncio
 import contextlib
 import os
@@ -25,7 +25,7 @@ from .settings import ServiceSettings
 from .store import Store
 from ..errors import MedimgError, nearest
 
-
+# %% ../../nbs/deployment/06j_handler.ipynb #10fda374
 class Gate:
     """Counts what is in work and says no above the limits.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #8f262caa
+# %% ../../nbs/deployment/06_service.ipynb #836ed071
 import asyncio
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from ..errors import MedimgError, ServiceError
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in security_headers().items()]
 _HEADER_LINES = b"".join(name + b": " + value + b"\r\n" for name, value in _HEADERS)
 
-
+# %% ../../nbs/deployment/06_service.ipynb #a5ebe8f8
 async def _reply(send, status, body, kind, *, request_id, more=()):
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode()), *_HEADERS, *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -228,7 +228,7 @@ def _event(app, scope, at):
         event |= _page_facts(app, scope, who)
     return event
 
-# %% ../../nbs/deployment/06_service.ipynb #616910e1
+# %% ../../nbs/deployment/06_service.ipynb #244eb054
 def _plain(body, content_type):
     try:
         kind = kind_of(body, content_type)
@@ -237,8 +237,8 @@ def _plain(body, content_type):
     return plain_study(body, kind, f"upload{kind}")
 
 
-class _Quick:
-    """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
+class _Line:
+    """What was taken and waits for the next turn."""
 
     def __init__(self, app):
         self.app, self.state, self.waiting = app, app.state, []
@@ -262,6 +262,10 @@ class _Quick:
             asyncio.get_running_loop().call_soon(self._turn)
         self.waiting.append((cycle, study, at))
         return True
+
+# %% ../../nbs/deployment/06_service.ipynb #eb6f20fd
+class _Quick(_Line):
+    """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
 
     def _turn(self):
         most = self.state.settings.batch
