@@ -5,31 +5,47 @@
 # %% auto #0
 __all__ = ['answer_together', 'Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #c7b3ca26
+# %% ../../nbs/deployment/06c_batching.ipynb #2ec7194e
 import asyncio
 import collections
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from .bundle import Bundle
 from .predict import answer, check_fit
 from ..errors import MedimgError, ServiceError
 
 _TOGETHER = ("binary", "multiclass", "multilabel", "ordinal")
 
 
-class _Ran:
-    """A bundle that has already run: one study's rows of the outputs."""
+class _Ran(Bundle):
+    """A bundle that has already run for all studies: `run` hands over the row of the one that is being answered."""
 
     def __init__(self, bundle, out):
-        self._bundle, self._out = bundle, out
+        self.__dict__.update(bundle.__dict__)
+        self._out, self._known = out, bundle.reference
+        self._far = self._known.score(out["features"]) if self._known is not None and out else ()
+
+    def at(self, k):
+        """Itself, about to be asked for the study in row `k`."""
+        self._k = slice(k, k + 1)
+        return self
 
     def run(self, images):
-        return self._out
+        return {name: value[self._k] for name, value in self._out.items()}
 
-    def __getattr__(self, name):
-        return getattr(self._bundle, name)
+    @property
+    def reference(self):
+        return self if self._known is not None else None
 
+    def score(self, features):
+        return self._far[self._k]
 
+    @property
+    def threshold(self):
+        return self._known.threshold
+
+# %% ../../nbs/deployment/06c_batching.ipynb #484ca2a9
 def answer_together(bundle, studies) -> list:
     """What `answer` says about each study, with one run of the network for all that fit it.
 
@@ -58,8 +74,10 @@ def answer_together(bundle, studies) -> list:
         return [_one(bundle, study) for study in studies]
     fits = [i for i, study in enumerate(studies) if _fits(bundle, study)]
     out = bundle.run([studies[i].image for i in fits]) if fits else {}
-    rows = {i: {name: value[k:k + 1] for name, value in out.items()} for k, i in enumerate(fits)}
-    return [_one(_Ran(bundle, rows[i]) if i in rows else bundle, study) for i, study in enumerate(studies)]
+    ran, found = _Ran(bundle, out), [None] * len(studies)
+    for k, i in enumerate(fits):
+        found[i] = _one(ran.at(k), studies[i])
+    return [_one(bundle, study) if one is None else one for one, study in zip(found, studies)]
 
 
 def _fits(bundle, study):
@@ -109,7 +127,7 @@ class _Line:
             late.cancel()
             self.waiting -= 1
 
-# %% ../../nbs/deployment/06c_batching.ipynb #471c047a
+# %% ../../nbs/deployment/06c_batching.ipynb #fed7989a
 class Batcher(_Line):
     """A line in front of one bundle; what waits is answered together. Use from one event loop.
 
@@ -146,15 +164,24 @@ class Batcher(_Line):
             self._busy = False
             return
         loop = asyncio.get_running_loop()
-        if self._thread is None:
-            self._done(taken, _safely(self.bundle, [study for study, _ in taken]))
+        if self.inline:
+            self._done(taken, self.now([study for study, _ in taken]))
             loop.call_soon(self._next)
         else:
-            work = loop.run_in_executor(self._thread, _safely, self.bundle, [study for study, _ in taken])
+            work = loop.run_in_executor(self._thread, self.now, [study for study, _ in taken])
             work.add_done_callback(lambda w: (self._done(taken, w.result()), self._next()))
 
+    @property
+    def inline(self) -> bool:
+        """Whether the network is run in the event loop."""
+        return self._thread is None
+
+    def now(self, studies: list) -> list:
+        """Answers for all `studies` in one run, past the line: a Prediction or an error for each; for a caller that has a line of its own."""
+        self.runs, self.answered = self.runs + 1, self.answered + len(studies)
+        return _safely(self.bundle, studies)
+
     def _done(self, taken, found):
-        self.runs, self.answered = self.runs + 1, self.answered + len(taken)
         for (_, future), result in zip(taken, found):
             if not future.done():
                 future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)

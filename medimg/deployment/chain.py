@@ -6,8 +6,9 @@
 __all__ = ['MAX_LINE', 'MAX_TORN', 'FIELDS', 'AuditError', 'checked', 'key_id', 'pseudonym', 'AuditReport', 'read_head',
            'torn_sha256', 'verify']
 
-# %% ../../nbs/deployment/05j_chain.ipynb #66173dbb
+# %% ../../nbs/deployment/05j_chain.ipynb #f6a0dc14
 import contextlib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -25,7 +26,8 @@ _SLUG, _HEX = re.compile(r"[a-z0-9]+(?:[-.:_][a-z0-9]+)*"), re.compile(r"[0-9a-f
 
 
 def _matches(pattern, longest):
-    return lambda v: isinstance(v, str) and len(v) <= longest and re.fullmatch(pattern, v) is not None
+    fits = re.compile(pattern).fullmatch
+    return lambda v: isinstance(v, str) and len(v) <= longest and fits(v) is not None
 
 
 def _number(low, high):
@@ -33,11 +35,16 @@ def _number(low, high):
 
 
 def _address(value):
+    return isinstance(value, str) and len(value) < 50 and _is_address(value)
+
+
+@functools.lru_cache(1024)
+def _is_address(text):
     with contextlib.suppress(ValueError):
-        return isinstance(value, str) and len(value) < 50 and bool(ipaddress.ip_address(value))
+        return bool(ipaddress.ip_address(text))
     return False
 
-
+# %% ../../nbs/deployment/05j_chain.ipynb #18ddf5bf
 #: Field of an event -> the test that its value must pass. What is not here is refused.
 FIELDS = {
     "action": _matches(_SLUG, 40), "outcome": lambda v: v in ("ok", "refused", "error"), "reason": _matches(_SLUG, 60),
@@ -140,10 +147,13 @@ def pseudonym(key: str | bytes, uid: str) -> str:
     """
     return hmac.new(_bytes(key), b"medimg-audit-study\0" + str(uid).encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
 
-# %% ../../nbs/deployment/05j_chain.ipynb #b15194b2
+# %% ../../nbs/deployment/05j_chain.ipynb #e9fd4d9f
+_text, _sorted = (json.JSONEncoder(separators=(",", ":"), sort_keys=s).encode for s in (False, True))
+
+
 def _mac(key, record):
-    text = json.dumps([record["n"], record["t"], record["e"], record["p"]], sort_keys=True, separators=(",", ":"))
-    return hmac.new(key, b"medimg-audit-line\0" + text.encode(), hashlib.sha256).hexdigest()
+    text = _sorted([record["n"], record["t"], record["e"], record["p"]])
+    return hmac.digest(key, b"medimg-audit-line\0" + text.encode(), "sha256").hex()
 
 
 def _record(key, number, event, before):
@@ -153,7 +163,7 @@ def _record(key, number, event, before):
 
 
 def _line(record):
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    return _text(record).encode() + b"\n"
 
 
 def _parsed(line):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LIMITS', 'TooLarge', 'TooSlow', 'BadRequest', 'Unsupported', 'NotFound', 'Gone', 'status_of', 'problem',
            'new_request_id', 'header', 'declared_length', 'read_body', 'boundary_of', 'parts_of', 'file_name',
-           'name_in']
+           'name_in', 'reply_now']
 
-# %% ../../nbs/deployment/06g_front.ipynb #654ee9cb
+# %% ../../nbs/deployment/06g_front.ipynb #c08de164
 import asyncio
+import functools
 import re
 import secrets
 
@@ -369,7 +370,7 @@ def name_in(disposition: str) -> str:
     match = re.search(r'filename="((?:[^"\\]|\\.)*)"|filename=([^;\s]+)', disposition or "")
     return (match[1] or match[2] or "") if match else ""
 
-# %% ../../nbs/deployment/06g_front.ipynb #00c38975
+# %% ../../nbs/deployment/06g_front.ipynb #64f27c82
 #: What the protocol allows: seconds for the headers, bytes of headers, connections of one worker.
 LIMITS = {"header_s": 10.0, "header_bytes": 32 << 10, "connections": 1000}
 
@@ -388,10 +389,11 @@ class _Clocked:
     def data_received(self, data):
         if self._reading:
             self._counted += len(data)
-            self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
         super().data_received(data)
-        if self._reading and self._counted > LIMITS["header_bytes"]:
-            self._refuse(b"431 Request Header Fields Too Large")
+        if self._reading and self._counted:             # headers have begun and are not complete
+            self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
+            if self._counted > LIMITS["header_bytes"]:
+                self._refuse(b"431 Request Header Fields Too Large")
 
     def connection_lost(self, exc):
         self._stop_clock()
@@ -436,10 +438,59 @@ class _Measured(_Clocked):
             self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
 
-# %% ../../nbs/deployment/06g_front.ipynb #10f2a8b6
+# %% ../../nbs/deployment/06g_front.ipynb #768a58c0
+class _Offering(_Measured):
+    """Offers what is here whole to `app.quick(cycle, usual)` before it gets a task."""
+
+    _held, _feeding = None, False
+
+    def _start_asgi_task(self, cycle, app):
+        if self._feeding and hasattr(app, "quick") and not self.flow.write_paused:
+            self._held = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data):
+        self._feeding = True
+        super().data_received(data)
+        self._feeding = False
+        if self._held is not None:
+            (cycle, app), self._held = self._held, None
+            usual = functools.partial(super()._start_asgi_task, cycle, app)
+            if cycle.more_body or cycle.disconnected or not app.quick(cycle, usual):
+                usual()
+
+
+def reply_now(cycle, headers: bytes, body: bytes) -> None:
+    """Write a whole answer with status 200 for a request that `quick` took.
+
+    Parameters
+    ----------
+    cycle : RequestResponseCycle
+        As `quick` was given it.
+    headers : bytes
+        Lines with their ends, but those that the server itself adds.
+    body : bytes
+        Its length stands in `headers`.
+
+    Examples
+    --------
+    >>> reply_now(cycle, b"content-length: 2\\r\\n", b"ok")                         # doctest: +SKIP
+    """
+    cycle.response_started = cycle.response_complete = True
+    cycle.message_event.set()
+    if cycle.disconnected:
+        return
+    added = b"".join(name + b": " + value + b"\r\n" for name, value in cycle.default_headers)
+    cycle.transport.write(b"".join((b"HTTP/1.1 200 OK\r\n", added, headers, b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)))
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
+
+# %% ../../nbs/deployment/06g_front.ipynb #c996ba47
 def __getattr__(name):
     if name == "Protocol":                          # made on first use: uvicorn is needed only where there is a service
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-        globals()["Protocol"] = found = type("Protocol", (_Measured, HttpToolsProtocol), {"__module__": __name__, "__doc__": "uvicorn's HTTP protocol with a clock and limits."})
+        globals()["Protocol"] = found = type("Protocol", (_Offering, HttpToolsProtocol), {"__module__": __name__, "__doc__": "uvicorn's HTTP protocol with a clock, limits and a quick way."})
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ROUTES', 'BY_SESSION', 'action_of', 'Guard', 'first_key', 'Auditor', 'weaknesses']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #1d1ca473
+# %% ../../nbs/deployment/06k_guard.ipynb #a052630a
 import asyncio
 import functools
 import secrets
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .front import header
@@ -28,6 +29,7 @@ BY_SESSION = "review:open"
 _NOBODY_ELSE = "settings:read"
 
 
+@functools.lru_cache(1024)
 def action_of(method: str, path: str) -> tuple:
     """What a request is for metrics, and the action it needs.
 
@@ -144,7 +146,7 @@ def first_key(settings) -> str | None:
     guard = Guard(settings)
     return guard.ring.create("local", "admin", days=30) if settings.loopback and not guard.ring.keys() else None
 
-# %% ../../nbs/deployment/06k_guard.ipynb #a406ebe3
+# %% ../../nbs/deployment/06k_guard.ipynb #760ca303
 class Auditor:
     """Audit records of one worker, written together in a thread.
 
@@ -166,19 +168,24 @@ class Auditor:
     """
 
     def __init__(self, settings):
-        self.mode, self._waiting, self._task = settings.audit, [], None
+        self.mode, self._waiting, self._busy = settings.audit, [], False
         self.log = None if self.mode == "off" else _open_log(settings)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
 
     async def record(self, event: dict) -> None:
         """Note an `event`; in the mode "before", come back when it is on the disk."""
-        if self.log is None:
-            return
-        future = asyncio.get_running_loop().create_future() if self.mode == "before" else None
-        self._waiting.append((event, future))
-        if self._task is None:
-            self._task = asyncio.create_task(self._write())
-        if future is not None:
-            await future
+        written = asyncio.get_running_loop().create_future()
+        self.note([event], lambda error: written.done() or (written.set_exception(error) if error else written.set_result(None)))
+        await written
+
+    def note(self, events: list, then) -> None:
+        """Note several `events` and call `then(error or None)` in the loop: in the mode "before" when they are on the disk, in the others now."""
+        if self.mode != "before":
+            then(None)
+        if self.log is not None:
+            self._waiting.append((events, then if self.mode == "before" else lambda error: None))
+            if not self._busy:
+                self._write()
 
     def study(self, uid: str | None) -> str | None:
         """The pseudonym under which the study `uid` stands in the log."""
@@ -186,23 +193,22 @@ class Auditor:
 
     async def close(self) -> None:
         """Write what waits."""
-        while self._task is not None:
+        while self._busy:
             await asyncio.sleep(0.005)
+        self._thread.shutdown()
 
-    async def _write(self):
-        try:
-            while self._waiting:
-                taken, self._waiting = self._waiting, []
-                error = None
-                try:
-                    await asyncio.to_thread(self.log.write_many, [event for event, _ in taken])
-                except Exception as mishap:
-                    error = mishap
-                for _, future in taken:
-                    if future is not None and not future.done():
-                        future.set_exception(error) if error else future.set_result(None)
-        finally:
-            self._task = None
+    def _write(self):
+        """All that wait in one write; those that come meanwhile in the next."""
+        taken, self._waiting, self._busy = self._waiting, [], True
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self.log.write_many, [event for events, _ in taken for event in events])
+        work.add_done_callback(functools.partial(self._written, taken))
+
+    def _written(self, taken, work):
+        self._busy = False
+        if self._waiting:
+            self._write()
+        for _, then in taken:
+            then(work.exception())
 
 # %% ../../nbs/deployment/06k_guard.ipynb #643c0aaa
 def _open_log(settings):

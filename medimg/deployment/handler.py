@@ -12,6 +12,7 @@ import json
 import os
 import time
 from dataclasses import fields
+from operator import attrgetter
 
 from ..config import RESEARCH_USE
 from .batching import Batcher, Overloaded
@@ -20,11 +21,12 @@ from .decoders import Decoders, kind_of
 from .front import BadRequest, NotFound, Unsupported, file_name, name_in, parts_of
 from .jobs import Jobs, error_record, work_off
 from .metrics import Metrics
+from .prediction import _NOT_STORED, PREDICTION_VERSION, Prediction
 from .settings import ServiceSettings
 from .store import Store
 from ..errors import MedimgError, nearest
 
-
+# %% ../../nbs/deployment/06j_handler.ipynb #10fda374
 class Gate:
     """Counts what is in work and says no above the limits.
 
@@ -58,15 +60,20 @@ class Gate:
         ------
         None
         """
-        if self.requests >= self.most or self.requests and self.size + size > self.largest:
+        if not self.room(size):
             raise Overloaded("too many requests are in work", remedy="ask again in a second")
-        self._change(1, size)
+        self.change(1, size)
         try:
             yield
         finally:
-            self._change(-1, -size)
+            self.change(-1, -size)
 
-    def _change(self, n, size):
+    def room(self, size: int) -> bool:
+        """Whether one more request with a body of `size` bytes may come in."""
+        return self.requests < self.most and (not self.requests or self.size + size <= self.largest)
+
+    def change(self, n: int, size: int) -> None:
+        """`n` requests with `size` bytes have come in, or left where the numbers are negative."""
         self.requests, self.size = self.requests + n, self.size + size
         if self._metrics is not None:
             self._metrics.add("requests_in_flight", n)
@@ -268,7 +275,7 @@ class Handler(_Answering):
         keep(self.store, record) if row["study_uid"] else self.store.add_result(record)
         return record
 
-# %% ../../nbs/deployment/06j_handler.ipynb #e5222ec8
+# %% ../../nbs/deployment/06j_handler.ipynb #08e3e0a5
 def _opened(name, settings):
     """A bundle behind its line. A small network runs fastest on one thread: waking a second one takes longer than the work."""
     from medimg.deployment.engine import Engine
@@ -282,6 +289,10 @@ def _opened(name, settings):
         return batcher
     bundle.engine = whole if settings.workers == 1 else Engine(bundle._files["model.onnx"], threads=cores)
     return Batcher(bundle, **line)
+
+
+_STORED = tuple(f.name for f in fields(Prediction) if f.name not in _NOT_STORED)
+_stored = attrgetter(*_STORED)
 
 
 def record_json(prediction) -> bytes:
@@ -305,7 +316,5 @@ def record_json(prediction) -> bytes:
     True
     """
     import orjson
-
-    from medimg.deployment import prediction as form
-    values = {f.name: getattr(prediction, f.name) for f in fields(prediction) if f.name not in form._NOT_STORED}
-    return orjson.dumps({**values, "schema_version": form.PREDICTION_VERSION, "research_use": RESEARCH_USE}, option=orjson.OPT_SERIALIZE_NUMPY)
+    values = dict(zip(_STORED, _stored(prediction)), schema_version=PREDICTION_VERSION, research_use=RESEARCH_USE)
+    return orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)

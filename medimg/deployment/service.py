@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #e2802dc2
+# %% ../../nbs/deployment/06_service.ipynb #836ed071
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ from urllib.parse import parse_qs
 
 from ..config import RESEARCH_USE
 from .batching import Late, Overloaded
-from .front import (BadRequest, NotFound, declared_length, header, new_request_id, problem, read_body, status_of)
+from .decoders import kind_of, plain_study
+from .front import (BadRequest, NotFound, declared_length, header, new_request_id, problem, read_body, reply_now, status_of)
 from .gate import headers as security_headers
 from .guard import BY_SESSION, Auditor, Guard, first_key, weaknesses
 from .handler import Handler, files_of, record_json
@@ -28,8 +30,9 @@ from .settings import ServiceSettings, from_environ, load_settings, to_environ
 from ..errors import MedimgError, ServiceError
 
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in security_headers().items()]
+_HEADER_LINES = b"".join(name + b": " + value + b"\r\n" for name, value in _HEADERS)
 
-
+# %% ../../nbs/deployment/06_service.ipynb #a5ebe8f8
 async def _reply(send, status, body, kind, *, request_id, more=()):
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode()), *_HEADERS, *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -130,7 +133,7 @@ def _service_class():
 
     return Service
 
-# %% ../../nbs/deployment/06_service.ipynb #4aee5bc8
+# %% ../../nbs/deployment/06_service.ipynb #6b56d30a
 async def _through_guard(app, scope, receive, send):
     at = {"start": time.perf_counter(), "request": new_request_id(), "status": 500, "started": False, "audited": False, "principal": None, "action": None, "error": None}
     label = "other"
@@ -144,7 +147,10 @@ async def _through_guard(app, scope, receive, send):
         await send(message)
 
     try:
-        at["principal"], label, at["action"] = app.state.guard.admit(scope)
+        admitted = scope["state"].pop("admitted", None) or app.state.guard.admit(scope)
+        if isinstance(admitted, Exception):
+            raise admitted
+        at["principal"], label, at["action"] = admitted
         scope["state"]["principal"] = at["principal"]
         if at["action"] is not None and not app.state.handler.ready:
             raise _closing()
@@ -197,12 +203,16 @@ def _log_fault(error, request_id):
     frames = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-4:]]
     logging.getLogger("medimg.service").error("request %s failed: %s at %s", request_id, type(error).__name__, " > ".join(frames))
 
-# %% ../../nbs/deployment/06_service.ipynb #f479c587
+# %% ../../nbs/deployment/06_service.ipynb #9ca60632
 async def _audit(app, scope, at):
     """One record for each access: who, what, how it ended, under which pseudonym the study; on the disk before the first byte of the answer."""
-    if at["audited"] or at["action"] is None:
-        return
-    at["audited"], status, who, error = True, at["status"], at["principal"] or scope["state"]["principal"], at["error"]
+    if not at["audited"] and at["action"] is not None:
+        at["audited"] = True
+        await app.state.auditor.record(_event(app, scope, at))
+
+
+def _event(app, scope, at):
+    status, who, error = at["status"], at["principal"] or scope["state"]["principal"], at["error"]
     event = {"action": at["action"].replace("_", "-"), "outcome": "ok" if status < 400 else "refused" if status < 500 else "error", "status": status, "request": at["request"],
              "ms": round((time.perf_counter() - at["start"]) * 1000), "peer": (scope.get("client") or ("",))[0] or None}
     if who is not None:
@@ -216,7 +226,77 @@ async def _audit(app, scope, at):
         event |= {"bundle": next((r.model["name"] for r in records if r.model), None), "study": app.state.auditor.study(study), "count": len(records)}
     if scope["path"].startswith("/review"):
         event |= _page_facts(app, scope, who)
-    await app.state.auditor.record(event)
+    return event
+
+# %% ../../nbs/deployment/06_service.ipynb #244eb054
+def _plain(body, content_type):
+    try:
+        kind = kind_of(body, content_type)
+    except MedimgError:
+        return None
+    return plain_study(body, kind, f"upload{kind}")
+
+
+class _Line:
+    """What was taken and waits for the next turn."""
+
+    def __init__(self, app):
+        self.app, self.state, self.waiting = app, app.state, []
+
+    def take(self, cycle, usual) -> bool:
+        """Whether the request in `cycle` will be answered here; `usual()` is called later should it fail."""
+        scope, handler, body = cycle.scope, self.state.handler, bytes(cycle.body)
+        if scope["path"] != "/v1/predict" or scope["method"] != "POST" or scope["query_string"] or not handler.ready or not handler.batchers[handler.default].inline:
+            return False
+        at = {"start": time.perf_counter(), "request": new_request_id(), "status": 200, "error": None, "size": len(body), "usual": usual}
+        try:
+            at["principal"], _, at["action"] = scope["state"]["admitted"] = self.state.guard.admit(scope)
+        except MedimgError as error:
+            scope["state"]["admitted"] = error
+            return False
+        study = _plain(body, header(scope, b"content-type"))
+        if study is None or not handler.gate.room(len(body)):
+            return False
+        handler.gate.change(1, len(body))
+        if not self.waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self.waiting.append((cycle, study, at))
+        return True
+
+# %% ../../nbs/deployment/06_service.ipynb #eb6f20fd
+class _Quick(_Line):
+    """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
+
+    def _turn(self):
+        most = self.state.settings.batch
+        taken, self.waiting = self.waiting[:most], self.waiting[most:]
+        if self.waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
+        handler, done, events = self.state.handler, [], []
+        for (cycle, _, at), record in zip(taken, handler.batchers[handler.default].now([study for _, study, _ in taken])):
+            if isinstance(record, Exception):
+                self._hand_back(at)
+            else:
+                at["records"] = [record]
+                done.append((cycle, at, record.status, record_json(record)))
+                events.append(_event(self.app, cycle.scope, at))
+        self.state.auditor.note(events, functools.partial(self._written, done))
+
+    def _hand_back(self, at):
+        self.state.handler.gate.change(-1, -at["size"])
+        at["usual"]()
+
+    def _written(self, done, error):
+        for cycle, at, status, body in done:
+            if error is not None:
+                self._hand_back(at)
+                continue
+            reply_now(cycle, b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\n%s" % (len(body), at["request"].encode(), _HEADER_LINES), body)
+            handler = self.state.handler
+            handler.gate.change(-1, -at["size"])
+            handler.metrics.add("bytes_received", at["size"])
+            handler.metrics.add(f"answers_{status}")
+            handler.metrics.request("predict", 200, time.perf_counter() - at["start"])
 
 # %% ../../nbs/deployment/06_service.ipynb #6963ea49
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
@@ -252,6 +332,8 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     app.include_router(router(app), prefix="/dicom-web")
     if settings.review:
         _add_page(app, metrics_folder)
+    if settings.lean:
+        app.quick = _Quick(app).take
     _describe(app)
     return app
 
@@ -259,6 +341,8 @@ def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
 @contextlib.asynccontextmanager
 async def _lifespan(app):
     await app.state.handler.start()
+    gc.collect()
+    gc.freeze()                                      # what was made until now stays; the collector need not look at it again
     before = signal.getsignal(signal.SIGTERM)
     with contextlib.suppress(ValueError):            # not in the main thread
         signal.signal(signal.SIGTERM, lambda *a: (app.state.handler.draining.set(), before(*a) if callable(before) else None))
