@@ -9,6 +9,7 @@ __all__ = ['as_dicom_json', 'store_parts', 'Mismatch', 'parse_query', 'search', 
 # %% ../../nbs/deployment/06d_dicomweb.ipynb #34bab5a7
 import asyncio
 import contextlib
+import functools
 import re
 import secrets
 from functools import partial
@@ -526,18 +527,26 @@ def _store_routes(routes, app):
         return await _stow(app, request, _uids(StudyInstanceUID=study)[0])
 
 
+@functools.cache
+def _headers_alone():
+    """Two threads for the headers of strangers: one that takes pydicom a minute keeps neither answers nor the audit log waiting."""
+    from concurrent.futures import ThreadPoolExecutor
+    return ThreadPoolExecutor(2, thread_name_prefix="stow")
+
+
 async def _stow(app, request, study):
     handler, limit = app.state.handler, app.state.settings.max_body_mb << 20
     kind = header(request.scope, b"content-type")
     if kind.partition(";")[0].strip().lower() != "multipart/related":
         raise Unsupported("instances come as multipart/related; type=\"application/dicom\"")
     _need(request, "application/dicom+json")
-    with handler.gate.admitted(declared_length(request.scope, limit) or 0):
-        body = await read_body(request.scope, request.receive, limit=limit, timeout_s=app.state.settings.body_s)
+    with handler.gate.admitted(declared_length(request.scope, limit) or 0) as counted:
+        body = await read_body(request.scope, request.receive, limit=limit, timeout_s=app.state.settings.body_s, counted=counted)
         parts = parts_of(body, kind)
         if not parts:
             raise BadRequest("no instance in the body")
-        status, answer, (kept, bad) = await asyncio.to_thread(store_parts, handler.store, parts, url=_url(request), study_uid=study)
+        work = functools.partial(store_parts, handler.store, parts, url=_url(request), study_uid=study)
+        status, answer, (kept, bad) = await asyncio.get_running_loop().run_in_executor(_headers_alone(), work)
     handler.metrics.add("instances_stored", kept)
     handler.metrics.add("instances_failed", bad)
     return _dicom_json(answer, status)

@@ -175,7 +175,7 @@ def declared_length(scope, limit: int) -> int | None:
     return int(text)
 
 
-async def read_body(scope, receive, *, limit: int, timeout_s: float) -> bytes:
+async def read_body(scope, receive, *, limit: int, timeout_s: float, counted=None) -> bytes:
     """The body of a request, or a refusal.
 
     Parameters
@@ -186,6 +186,8 @@ async def read_body(scope, receive, *, limit: int, timeout_s: float) -> bytes:
         Bytes at most.
     timeout_s : float
         Seconds until the last byte must be here.
+    counted : callable, optional
+        Told after each piece how many bytes are here; may refuse, as `Gate.admitted` does.
 
     Returns
     -------
@@ -215,6 +217,8 @@ async def read_body(scope, receive, *, limit: int, timeout_s: float) -> bytes:
                 size += len(part)
                 if size > limit:
                     raise TooLarge(f"a body of more than {limit} bytes", remedy="send less at a time")
+                if counted is not None:
+                    counted(size)
                 parts.append(part)
                 if not message.get("more_body"):
                     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .front import header
-from .gate import Peers, RateLimiter, peer_key
+from .gate import Peers, RateLimiter, client_ip, peer_key
 from .security import Forbidden, KeyRing, NotAuthenticated, Principal, read_private, read_secret, require, write_private
 
 #: (methods, path or its beginning, label for metrics, action); None: no key is needed.
@@ -60,6 +60,7 @@ class _Admission:
         self.settings = settings
         self.ring = KeyRing(settings.keys or settings.folder / "keys.json", read_secret("KEY_PEPPER", required=False))
         self._peers = Peers(settings.peers) if settings.peers else None
+        self._proxies = Peers(settings.proxies) if settings.proxies else None
         self._allows = functools.lru_cache(4096)(self._peers.allows) if settings.peers else None
         self._limiter = RateLimiter(settings.rate, settings.burst) if settings.rate else None
         self._strangers, self._browsers = RateLimiter(5.0, 50), RateLimiter(50.0, 500)
@@ -67,7 +68,11 @@ class _Admission:
     def admit(self, scope) -> tuple:
         """(Principal or None, label, action) of a request by its `scope`; raises what refuses it."""
         label, action = action_of(scope["method"], scope["path"])
-        address = (scope.get("client") or ("", 0))[0]
+        address, port = scope.get("client") or ("", 0)
+        if self._proxies is not None:                       # from here on the client is whom our own proxy saw
+            told = ",".join(v.decode("latin-1") for k, v in scope["headers"] if k == b"x-forwarded-for")
+            address = client_ip(address, told, self._proxies)
+            scope["client"] = (address, port)
         if self._allows is not None and not self._allows(address):
             self._peers.check(address)
         if action == BY_SESSION:

@@ -58,15 +58,25 @@ class Gate:
 
         Yields
         ------
-        None
+        callable
+            Told how many bytes are here by now; holds more than the stated `size`, or raises Overloaded.
         """
         if not self.room(size):
             raise Overloaded("too many requests are in work", remedy="ask again in a second")
+        held = size
+
+        def counted(here):
+            nonlocal held
+            if here > held:
+                if self.requests > 1 and self.size + here - held > self.largest:
+                    raise Overloaded("too many bytes are in work", remedy="state the length of the body, or ask again in a second")
+                self.change(0, here - held)
+                held = here
         self.change(1, size)
         try:
-            yield
+            yield counted
         finally:
-            self.change(-1, -size)
+            self.change(-1, -held)
 
     def room(self, size: int) -> bool:
         """Whether one more request with a body of `size` bytes may come in."""

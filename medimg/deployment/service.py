@@ -101,8 +101,8 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     handler.batcher(query.get("bundle"))
     store = _flag(query.get("store", ""), "store")
     limit = handler.settings.max_body_mb << 20
-    with handler.gate.admitted(declared_length(scope, limit) or 0):
-        body = await read_body(scope, receive, limit=limit, timeout_s=handler.settings.body_s)
+    with handler.gate.admitted(declared_length(scope, limit) or 0) as counted:
+        body = await read_body(scope, receive, limit=limit, timeout_s=handler.settings.body_s, counted=counted)
         handler.metrics.add("bytes_received", len(body))
         files, several = files_of(body, header(scope, b"content-type"), name=query.get("name", ""))
         records = await handler.answer(files, bundle=query.get("bundle"))
@@ -142,7 +142,11 @@ async def _through_guard(app, scope, receive, send):
     async def noted(message):
         if message["type"] == "http.response.start":
             at["status"] = message["status"]
-            await _audit(app, scope, at)                # first the log, then the answer
+            try:
+                await _audit(app, scope, at)            # first the log, then the answer
+            except MedimgError as error:
+                at["unlogged"] = error                  # FastAPI may hide it behind an error of its own
+                raise
             at["started"] = True
         await send(message)
 
@@ -163,10 +167,11 @@ async def _through_guard(app, scope, receive, send):
         else:
             await app.by_fastapi(scope, receive, _with_headers(noted, at["request"]))
     except Exception as mishap:
-        at["error"] = mishap
+        at["error"] = at.get("unlogged") or mishap
         await _failed(noted, at)
     finally:
         app.state.metrics.request(label, at["status"], time.perf_counter() - at["start"])
+        at.clear()                                      # an error holds these frames, and they the body: let go at once
 
 # %% ../../nbs/deployment/06_service.ipynb #2c4ade3d
 def _closing():
@@ -605,8 +610,8 @@ async def _submitted(app, request):
         raise BadRequest("an earlier study is compared with one that is kept here", remedy="store both, and name the later one with study_uid")
     else:
         limit = settings.max_body_mb << 20
-        with handler.gate.admitted(declared_length(request.scope, limit) or 0):
-            body = await read_body(request.scope, request.receive, limit=limit, timeout_s=settings.body_s)
+        with handler.gate.admitted(declared_length(request.scope, limit) or 0) as counted:
+            body = await read_body(request.scope, request.receive, limit=limit, timeout_s=settings.body_s, counted=counted)
             files, _ = files_of(body, header(request.scope, b"content-type"), name=query.get("name", ""))
             if len(files) != 1:
                 raise BadRequest(f"{len(files)} files in one job", remedy="send one file or an archive for each job")
@@ -805,6 +810,8 @@ def _hints(settings):
 
     from medimg.deployment.sessions import Users
     found = [f"warning: {line}" for line in weaknesses(settings)]
+    if settings.behind_proxy and not settings.proxies:
+        found.append("warning: all clients seem to have the proxy's address, so one who guesses passwords makes all others wait: name it in proxies")
     if settings.review and not Users(users_file(settings), hasher=object()).users():
         where = f" --store {settings.store}" if settings.store else ""
         found.append(f"note: nobody can sign in to /review/ yet: medimg user add NAME --role clinician{where}")

@@ -41,6 +41,7 @@ class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""
 
     peers: tuple = ()                           # addresses or networks that may connect; empty: all
+    proxies: tuple = ()                         # addresses or networks of our own proxies, whose X-Forwarded-For is believed; empty: nobody's
     keys: str | None = None                     # file of API keys; None: keys.json in the store
     users: str | None = None                    # file of the people who sign in to the review page; None: users.json in the store
     audit: str = "before"                       # "before": an answer leaves when it is in the audit log; "after"; "off"
@@ -108,7 +109,7 @@ def _check_numbers(s):
         raise ConfigError("no bundle is named", remedy="name at least one")
     if bool(s.tls_cert) != bool(s.tls_key):
         raise ConfigError("tls_cert and tls_key go together", remedy="give both or none")
-    for peer in s.peers:
+    for peer in (*s.peers, *s.proxies):
         try:
             ipaddress.ip_network(peer, strict=False)
         except ValueError as error:

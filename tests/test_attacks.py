@@ -1,0 +1,148 @@
+"""What a penetration tester with a clinician's key tried, and what must hold against it."""
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from pydicom.data import get_testdata_file
+from running import Running
+
+from medimg.deployment.bundle import toy_bundle, toy_images
+from medimg.deployment.sessions import Users
+from medimg.plots import png_bytes
+
+PNG = png_bytes(toy_images(2, seed=5)[0][1])
+CT = Path(get_testdata_file("CT_small.dcm")).read_bytes()
+FORM = {"content-type": 'multipart/related; type="application/dicom"; boundary=b'}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")
+
+
+def memory_mb(process):
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) >> 10
+
+
+def part(data):
+    return b"--b\r\nContent-Type: application/dicom\r\n\r\n" + data + b"\r\n--b--\r\n"
+
+
+def with_items(n):
+    """The CT with a sequence of so many empty items, which a reader in Python walks one by one."""
+    k = CT.index(b"\x10\x00\x10\x00PN")
+    return CT[:k] + b"\x08\x00\x15\x11SQ\x00\x00\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\0\0\0\0" * n + b"\xfe\xff\xdd\xe0\0\0\0\0" + CT[k:]
+
+
+def test_bodies_of_unstated_length_count_too(bundle, tmp_path):
+    """Sixteen bodies of 30 MB in chunks, never ended, where 64 MB may be in memory: most are told to wait, and memory stays where it should."""
+    running = Running(tmp_path, bundle=bundle.path, max_body_mb=32, max_memory_mb=64, body_s=20.0)
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.key}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    piece, refused, sockets = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n", 0, []
+    try:
+        for _ in range(16):
+            s = socket.create_connection(("127.0.0.1", running.port), timeout=5)
+            sockets.append(s)
+            try:
+                s.sendall(head)
+                for _ in range(30):
+                    s.sendall(piece)
+                s.settimeout(0.2)
+                refused += b" 429 " in s.recv(100)
+            except TimeoutError:
+                pass
+            except OSError:
+                refused += 1
+        assert refused >= 13 and memory_mb(running.process) < 700
+        for s in sockets:
+            s.close()
+        time.sleep(0.5)
+        assert running.alive(PNG)
+        with running.client() as client:
+            assert client.post("/v1/predict", content=iter([PNG[:100], PNG[100:]])).status_code == 200          # a small one in chunks
+    finally:
+        assert running.stop() == 0
+
+
+def test_slow_headers_brought_by_stow_keep_nobody_waiting(bundle, tmp_path):
+    """Twelve instances at once, whose headers take seconds each, while others ask for answers."""
+    running = Running(tmp_path, bundle=bundle.path)
+    data, slowest = with_items(60_000), []
+
+    def bring():
+        with running.client() as client:
+            client.post("/dicom-web/studies", content=part(data), headers=FORM, timeout=120)
+    senders = [threading.Thread(target=bring) for _ in range(12)]
+    try:
+        for sender in senders:
+            sender.start()
+        time.sleep(1)
+        with running.client() as client:
+            for _ in range(5):
+                start = time.monotonic()
+                assert client.post("/v1/predict", content=PNG).status_code == 200
+                slowest.append(time.monotonic() - start)
+        assert any(sender.is_alive() for sender in senders), "the bodies were too quick to show anything"
+        assert max(slowest) < 4
+    finally:
+        for sender in senders:
+            sender.join()
+        assert running.stop() == 0
+
+
+def test_the_brake_knows_who_is_behind_the_proxy(bundle, tmp_path):
+    """Somebody guesses passwords through the proxy; a colleague behind the same proxy signs in at once. Without named proxies the header is not believed."""
+    Users(tmp_path / "users.json").add("dr.wu", "drei Rehe am Waldrand", "clinician")
+    for folder, proxies, blocked in (("named", ("127.0.0.1",), False), ("unnamed", (), True)):
+        (tmp_path / folder).mkdir()
+        running = Running(tmp_path / folder, bundle=bundle.path, users=str(tmp_path / "users.json"), behind_proxy=True, proxies=proxies)
+        try:
+            def login(name, password, address):
+                return httpx.post(f"{running.base}/review/login", data={"name": name, "secret": password}, headers={"x-forwarded-for": address}, timeout=30).status_code
+            for i in range(21):
+                login(f"guess{i}", "wrong password, long", f"1.1.1.{i}, 10.0.0.66")         # what the guesser wrote, then what the proxy saw
+            assert (login("dr.wu", "drei Rehe am Waldrand", "10.0.0.7") == 401) is blocked
+            assert login("dr.wu", "drei Rehe am Waldrand", "9.9.9.9, 10.0.0.66") == 401    # the guesser's address waits, whatever it writes before it
+        finally:
+            assert running.stop() == 0
+        assert ("name it in proxies" in "".join(running.log)) is blocked
+
+
+def test_broken_uploads_leave_nothing_in_memory(bundle, tmp_path):
+    """Sixty senders leave after 20 MB: their bodies are let go at once."""
+    running = Running(tmp_path, bundle=bundle.path, max_body_mb=64)
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.key}\r\nContent-Length: {30 << 20}\r\n\r\n".encode()
+    try:
+        for _ in range(60):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=5) as s:
+                s.sendall(head)
+                s.sendall(bytes(20 << 20))
+            time.sleep(0.02)
+        time.sleep(0.5)
+        assert memory_mb(running.process) < 500
+    finally:
+        assert running.stop() == 0
+
+
+def test_a_refusal_that_cannot_be_logged_is_no_fault(bundle, tmp_path):
+    """The disk of the log is full while FastAPI refuses something: 503, as for everything else then, and no fault of ours."""
+    from starlette.testclient import TestClient
+
+    from medimg.deployment.audit import AuditError
+    from medimg.deployment.service import create_app
+    from medimg.deployment.settings import ServiceSettings
+    settings = ServiceSettings(store=str(tmp_path / "store"), bundles=(str(bundle.path),), allow_unsigned=True, decoders=1)
+    app = create_app(settings)
+    key = {"authorization": "Bearer " + app.state.guard.ring.create("a", "admin")}
+    with TestClient(app, client=("127.0.0.1", 1)) as client:
+        assert client.get("/v1/results/no-number", headers=key).status_code == 400
+
+        async def full(event):
+            raise AuditError("the audit log cannot be written: No space left on device")
+        app.state.auditor.record = full
+        for path in ("/v1/results/no-number", "/v1/results", "/v1/jobs/none"):
+            assert client.get(path, headers=key).status_code == 503, path
