@@ -738,6 +738,7 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
           tls_cert: Annotated[Path | None, typer.Option(help="PEM chain.")] = None, tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
           tls_client_ca: Annotated[Path | None, typer.Option(help="Clients must show a certificate of this CA.")] = None,
           peers: Annotated[list[str] | None, typer.Option(help="Address or network that may connect; may be repeated.")] = None,
+          proxies: Annotated[list[str] | None, typer.Option(help="Address or network of our own proxy, whose X-Forwarded-For is believed; may be repeated.")] = None,
           queue: Annotated[int | None, typer.Option(help="Requests in work at once; more get 429.")] = None, rate: Annotated[float | None, typer.Option(help="Requests a second for each key; 0: no limit.")] = None,
           review: Annotated[bool, typer.Option("--review/--no-review", help="The page for reading and correcting answers.")] = True,
           audit_head: Annotated[str | None, typer.Option(help="File, or stdout, for the head of the audit log: better not beside the log.")] = None, allow_unsigned: AllowUnsigned = False,
@@ -748,7 +749,8 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
     from medimg.deployment.settings import load_settings
     Scrub().install()
     given = {"host": host, "port": port, "workers": workers, "store": store and str(store), "expose": expose or None, "behind_proxy": behind_proxy or None, "tls_cert": tls_cert and str(tls_cert),
-             "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None, "queue": queue, "rate": rate, "review": None if review else False,
+             "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None,
+             "proxies": tuple(proxies) if proxies else None, "queue": queue, "rate": rate, "review": None if review else False,
              "audit_head": audit_head, "allow_unsigned": allow_unsigned or None}
     listen(load_settings(settings, bundles=tuple(bundle) if bundle else None, **given))
 
@@ -783,8 +785,15 @@ def key_add(name: str, role: Annotated[str, typer.Option(help="viewer, clinician
 @key_app.command("list")
 def key_list(store: StoreFolder = None, as_json: AsJson = False):
     """The keys, without the keys themselves."""
-    rows = [vars(row) if hasattr(row, "__dict__") else dict(row) for row in _ring(store).keys()]
-    _say(rows, columns(tuple(rows[0]) if rows else ("no key yet",), [tuple(str(v) for v in row.values()) for row in rows]), as_json)
+    rows = _ring(store).keys()
+    _say(rows, _rows_text(rows, "no key yet"), as_json)
+
+
+def _rows_text(rows, none):
+    """Rows as a table, moments as dates."""
+    from datetime import datetime
+    day = lambda v: datetime.fromtimestamp(v).isoformat(" ", "minutes") if isinstance(v, float) else "-" if v is None else str(v)
+    return columns(tuple(rows[0]) if rows else (none,), [tuple(map(day, row.values())) for row in rows])
 
 
 @key_app.command("revoke")
@@ -839,8 +848,8 @@ def user_disable(name: str, store: StoreFolder = None):
 @user_app.command("list")
 def user_list(store: StoreFolder = None, as_json: AsJson = False):
     """Who may log in."""
-    rows = [vars(row) if hasattr(row, "__dict__") else dict(row) for row in _users(store).users()]
-    _say(rows, columns(tuple(rows[0]) if rows else ("nobody yet",), [tuple(str(v) for v in row.values()) for row in rows]), as_json)
+    rows = _users(store).users()
+    _say(rows, _rows_text(rows, "nobody yet"), as_json)
 
 # %% ../nbs/foundations/cli.ipynb #3174afdc
 def _audit_key(log, name="AUDIT_KEY"):

@@ -792,6 +792,7 @@ def serve(settings: ServiceSettings) -> None:
     config = uvicorn.Config("medimg.deployment.service:worker_app", factory=True, **_uvicorn(settings))
     os.environ[_SETTINGS] = to_environ(settings)
     listener = config.bind_socket()
+    listener.listen(2048)                       # who asks from here on waits for the workers instead of being refused
     print(f"medimg on http{'s' if settings.tls_cert else ''}://{settings.host}:{listener.getsockname()[1]} ({RESEARCH_USE})", flush=True)
     if key:
         print(f"first start: this key is shown once\n{key}", flush=True)

@@ -127,6 +127,12 @@ _SERVICE = _rows(
     ("I", "service", "find patients in its log, metrics or audit", "no text of a file in any of them", "test_no_patient_in_log_metrics_or_audit"),
     ("S", "service", "a header that claims an allowed address", "only the connection's address counts", "test_a_forged_address_is_not_believed"),
 ) + _rows(
+    "test_attacks.py",
+    ("D", "service", "bodies whose length nobody states, or that break off", "counted as they come, let go at once", "test_bodies_of_unstated_length_count_too test_broken_uploads_leave_nothing_in_memory"),
+    ("D", "service", "headers that take minutes to read, brought by STOW", "threads of their own", "test_slow_headers_brought_by_stow_keep_nobody_waiting"),
+    ("D", "review page", "lock out all behind one proxy by wrong passwords", "the address that a named proxy saw", "test_the_brake_knows_who_is_behind_the_proxy"),
+    ("R", "service", "a refusal that was not logged", "503, whoever refused", "test_a_refusal_that_cannot_be_logged_is_no_fault"),
+) + _rows(
     "test_service_page.py",
     ("S", "review page", "open it with a key, an old cookie or none", "a session of its own, ended at logout on the server", "test_the_page_asks_for_a_session test_a_session_replayed_after_logout_is_refused_by_the_service"),
     ("S", "review page", "a label sent by another site or without the form's token", "CSRF token of the session, Origin, Sec-Fetch-Site", "test_forged_forms_change_nothing"),
