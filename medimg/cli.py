@@ -728,7 +728,7 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
     raise typer.Exit(exit_code(answers))
 
-# %% ../nbs/foundations/cli.ipynb #8ea2a276
+# %% ../nbs/foundations/cli.ipynb #bede00b3
 @app.command()
 def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to answer with; the first is the default. Default: pneumonia.")] = None,
           host: Annotated[str | None, typer.Option(help="Address; anything but this machine needs --expose, TLS and a key.")] = None, port: Annotated[int | None, typer.Option(help="0: any that is free.")] = None,
@@ -754,7 +754,7 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
              "audit_head": audit_head, "allow_unsigned": allow_unsigned or None}
     listen(load_settings(settings, bundles=tuple(bundle) if bundle else None, **given))
 
-# %% ../nbs/foundations/cli.ipynb #2ace81bc
+# %% ../nbs/foundations/cli.ipynb #a6d0d169
 key_app = typer.Typer(no_args_is_help=True, help="API keys of the service: add, list, revoke.")
 user_app = typer.Typer(no_args_is_help=True, help="People who may open the review page: add, list, password, role, disable.")
 audit_app = typer.Typer(no_args_is_help=True, help="The audit log: verify, rotate.")
@@ -802,7 +802,7 @@ def key_revoke(identity: Annotated[str, typer.Argument(help="As key list shows i
     _ring(store).revoke(identity)
     typer.echo(f"revoked {identity}")
 
-# %% ../nbs/foundations/cli.ipynb #ae4bcd94
+# %% ../nbs/foundations/cli.ipynb #31f39796
 def _users(store):
     from medimg.deployment.sessions import Users
     from medimg.deployment.service import users_file

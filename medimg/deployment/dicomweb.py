@@ -6,7 +6,7 @@
 __all__ = ['as_dicom_json', 'store_parts', 'Mismatch', 'parse_query', 'search', 'metadata_of', 'bulk_of', 'frames_of', 'rendered',
            'accepts', 'NotAcceptable', 'router']
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #34bab5a7
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #31a30c11
 import asyncio
 import contextlib
 import functools
@@ -489,7 +489,7 @@ def _uids(**uids):
     except DicomError as error:
         raise BadRequest(error.what, remedy=error.remedy) from error
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #6675dbc5
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #2813a4c0
 def router(app):
     """The DICOMweb routes of a service.
 

@@ -117,7 +117,7 @@ def new_request_id() -> str:
     """
     return secrets.token_hex(8)
 
-# %% ../../nbs/deployment/06g_front.ipynb #8a97509c
+# %% ../../nbs/deployment/06g_front.ipynb #b117be18
 def header(scope, name: bytes) -> str:
     """The value of the first header with a name.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUTES', 'BY_SESSION', 'action_of', 'Guard', 'first_key', 'Auditor', 'weaknesses']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #a052630a
+# %% ../../nbs/deployment/06k_guard.ipynb #e28af485
 import asyncio
 import functools
 import secrets
@@ -54,7 +54,7 @@ def action_of(method: str, path: str) -> tuple:
     known = next((label for _, place, label, _ in ROUTES if path == place or path.startswith(place)), "other")
     return known, _NOBODY_ELSE
 
-# %% ../../nbs/deployment/06k_guard.ipynb #ee6d11db
+# %% ../../nbs/deployment/06k_guard.ipynb #e9664c27
 class _Admission:
     def __init__(self, settings):
         self.settings = settings

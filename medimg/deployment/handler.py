@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gate', 'files_of', 'Handler', 'record_json']
 
-# %% ../../nbs/deployment/06j_handler.ipynb #f3440140
+# %% ../../nbs/deployment/06j_handler.ipynb #72bbb579
 import asyncio
 import contextlib
 import json
@@ -26,7 +26,7 @@ from .settings import ServiceSettings
 from .store import Store
 from ..errors import MedimgError, nearest
 
-# %% ../../nbs/deployment/06j_handler.ipynb #10fda374
+# %% ../../nbs/deployment/06j_handler.ipynb #d2a2bdd1
 class Gate:
     """Counts what is in work and says no above the limits.
 

@@ -50,7 +50,7 @@ async def _refuse(send, error, request_id):
         more.append((b"connection", b"close"))
     await _reply(send, status, orjson.dumps(problem(error, request_id=request_id)), b"application/problem+json", request_id=request_id, more=more)
 
-# %% ../../nbs/deployment/06_service.ipynb #314124c4
+# %% ../../nbs/deployment/06_service.ipynb #1db695d1
 _PREDICT = {"bundle", "name", "store"}
 
 
@@ -133,7 +133,7 @@ def _service_class():
 
     return Service
 
-# %% ../../nbs/deployment/06_service.ipynb #6b56d30a
+# %% ../../nbs/deployment/06_service.ipynb #e678a1de
 async def _through_guard(app, scope, receive, send):
     at = {"start": time.perf_counter(), "request": new_request_id(), "status": 500, "started": False, "audited": False, "principal": None, "action": None, "error": None}
     label = "other"
@@ -303,7 +303,7 @@ class _Quick(_Line):
             handler.metrics.add(f"answers_{status}")
             handler.metrics.request("predict", 200, time.perf_counter() - at["start"])
 
-# %% ../../nbs/deployment/06_service.ipynb #6963ea49
+# %% ../../nbs/deployment/06_service.ipynb #6b3699cb
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
     """The application: give it to any ASGI server, or call `serve`.
 
@@ -594,7 +594,7 @@ def _job_routes(app):
         _own_job(app, request, number)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-# %% ../../nbs/deployment/06_service.ipynb #7305e73d
+# %% ../../nbs/deployment/06_service.ipynb #07b6a332
 async def _submitted(app, request):
     from medimg.deployment.stored import asked_of, context_in, read_context
     handler, settings = app.state.handler, app.state.settings
@@ -744,7 +744,7 @@ def _describe_bodies(paths, answer):
     form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
     paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
-# %% ../../nbs/deployment/06_service.ipynb #fa26b98a
+# %% ../../nbs/deployment/06_service.ipynb #47306950
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
 
 
@@ -804,7 +804,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #bf07c1bc
+# %% ../../nbs/deployment/06_service.ipynb #3f6a1c67
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys

@@ -35,7 +35,7 @@ class _Checked:
         """Whether only this machine can connect."""
         return _is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #12a15174
+# %% ../../nbs/deployment/06i_settings.ipynb #cfe9c159
 @dataclass(frozen=True)
 class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""
@@ -90,7 +90,7 @@ class ServiceSettings(_WhoMay):
     jobs: int = 100                             # jobs that may wait
     lean: bool = True                           # answer /v1/predict before FastAPI
 
-# %% ../../nbs/deployment/06i_settings.ipynb #29fbf6eb
+# %% ../../nbs/deployment/06i_settings.ipynb #6f36ce90
 def _is_loopback(host):
     try:
         return ipaddress.ip_address(host).is_loopback

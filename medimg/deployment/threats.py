@@ -113,7 +113,7 @@ _FILES = _rows(
     ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages test_lint_asks_for_known_holes"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #d34c6734
+# %% ../../nbs/deployment/05g_threats.ipynb #26c68401
 _SERVICE = _rows(
     "test_service.py",
     ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),

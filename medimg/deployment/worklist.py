@@ -539,7 +539,7 @@ def _unlike(record, lang):
     names = [term(c, lang) for c in record["classes"] or ()]
     return say("unlike_both", lang, one=names[0], other=names[1]) if len(names) == 2 else say("unlike_all", lang)
 
-# %% ../../nbs/deployment/06p_worklist.ipynb #5cb9cccc
+# %% ../../nbs/deployment/06p_worklist.ipynb #ab2e37f8
 def finding_rows(record: dict, lang: str = "en") -> list:
     """The findings of an answer as text.
 
@@ -589,4 +589,4 @@ def _change(growth, lang):
     known = all(growth.get(k) is not None for k in ("interval_days", "prior_mean_diameter_mm", "prior_volume_mm3"))
     out = [say("growth_matched", lang, days=round(growth["interval_days"]), mean=f"{growth['prior_mean_diameter_mm']:.1f}", volume=f"{growth['prior_volume_mm3']:.0f}")] if known else []
     days = growth.get("volume_doubling_days")
-    return out + ([say("doubling", lang, days=round(days))] if days and days > 0 else [say("stable", lang)] if days is None and known else [])
+    return out + ([say("doubling" if days > 0 else "halving", lang, days=round(abs(days)))] if days else [say("stable", lang)] if days is None and known else [])
