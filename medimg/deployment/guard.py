@@ -151,7 +151,7 @@ def first_key(settings) -> str | None:
     guard = Guard(settings)
     return guard.ring.create("local", "admin", days=30) if settings.loopback and not guard.ring.keys() else None
 
-# %% ../../nbs/deployment/06k_guard.ipynb #760ca303
+# %% ../../nbs/deployment/06k_guard.ipynb #b9acd4af
 class Auditor:
     """Audit records of one worker, written together in a thread.
 
@@ -184,7 +184,15 @@ class Auditor:
         await written
 
     def note(self, events: list, then) -> None:
-        """Note several `events` and call `then(error or None)` in the loop: in the mode "before" when they are on the disk, in the others now."""
+        """Note several `events` in one write.
+
+        Parameters
+        ----------
+        events : list of dict
+            As `record` takes them.
+        then : callable
+            `then(error or None)`, called in the loop: in the mode "before" when the events are on the disk, in the others now.
+        """
         if self.mode != "before":
             then(None)
         if self.log is not None:

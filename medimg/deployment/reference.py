@@ -227,7 +227,7 @@ def in_set(p, conformal: dict) -> np.ndarray:
     limits = np.array([np.inf if limit is None else limit for limit in conformal["limits"]])
     return 1 - np.asarray(p, dtype=np.float64) <= limits
 
-# %% ../../nbs/deployment/01b_reference.ipynb #b990c612
+# %% ../../nbs/deployment/01b_reference.ipynb #56fcb078
 def fit_calibration(logits, y, *, task: str, method: str = "temperature", coverage: float | None = 0.9, by_class: bool = False) -> dict:
     """The content of a `calibration.json`, from validation images: a repair of the probabilities, and prediction sets.
 
@@ -270,7 +270,25 @@ def fit_calibration(logits, y, *, task: str, method: str = "temperature", covera
 
 
 def with_sets(calibration: dict, logits, y, *, task: str, coverage: float = 0.9, by_class: bool = False) -> dict:
-    """A `calibration` with prediction sets fitted on top; the other arguments and what is left out as in `fit_calibration`.
+    """A `calibration` with prediction sets fitted on top.
+
+    Parameters
+    ----------
+    calibration : dict
+        Without `conformal`.
+    logits, y : array
+        As in `fit_calibration`.
+    task : str
+        As in `probabilities`.
+    coverage : float
+        Of the sets.
+    by_class : bool
+        As in `fit_conformal`.
+
+    Returns
+    -------
+    dict
+        Without sets where `fit_calibration` leaves them out.
 
     Examples
     --------

@@ -133,7 +133,7 @@ def _service_class():
 
     return Service
 
-# %% ../../nbs/deployment/06_service.ipynb #e678a1de
+# %% ../../nbs/deployment/06_service.ipynb #c34f1570
 async def _through_guard(app, scope, receive, send):
     at = {"start": time.perf_counter(), "request": new_request_id(), "status": 500, "started": False, "audited": False, "principal": None, "action": None, "error": None}
     label = "other"
@@ -151,10 +151,7 @@ async def _through_guard(app, scope, receive, send):
         await send(message)
 
     try:
-        admitted = scope["state"].pop("admitted", None) or app.state.guard.admit(scope)
-        if isinstance(admitted, Exception):
-            raise admitted
-        at["principal"], label, at["action"] = admitted
+        at["principal"], label, at["action"] = _admitted(app, scope)
         scope["state"]["principal"] = at["principal"]
         if at["action"] is not None and not app.state.handler.ready:
             raise _closing()
@@ -208,12 +205,20 @@ def _log_fault(error, request_id):
     frames = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-4:]]
     logging.getLogger("medimg.service").error("request %s failed: %s at %s", request_id, type(error).__name__, " > ".join(frames))
 
-# %% ../../nbs/deployment/06_service.ipynb #9ca60632
+# %% ../../nbs/deployment/06_service.ipynb #67cf77e2
 async def _audit(app, scope, at):
     """One record for each access: who, what, how it ended, under which pseudonym the study; on the disk before the first byte of the answer."""
     if not at["audited"] and at["action"] is not None:
         at["audited"] = True
         await app.state.auditor.record(_event(app, scope, at))
+
+
+def _admitted(app, scope):
+    """What the guard says, which the quick way may have asked already."""
+    found = scope["state"].pop("admitted", None) or app.state.guard.admit(scope)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _event(app, scope, at):

@@ -355,9 +355,9 @@ async def given_of(handler, bundle: str | None, study_uid: str | None, asked: di
             notes = (f"not compared with the earlier study ({error.what})",)
     return Given(asked.get("context"), before, notes)
 
-# %% ../../nbs/deployment/06l_stored.ipynb #753accd8
+# %% ../../nbs/deployment/06l_stored.ipynb #212a3800
 class StudyJobs:
-    """What the [review page](06b_review.ipynb) asks of a service: which bundles there are, and jobs on kept studies.
+    """What the review page (`medimg.deployment.review`) asks of a service: which bundles there are, and jobs on kept studies.
 
     Parameters
     ----------

@@ -113,7 +113,7 @@ _FILES = _rows(
     ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages test_lint_asks_for_known_holes"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #26c68401
+# %% ../../nbs/deployment/05g_threats.ipynb #f4731e8b
 _SERVICE = _rows(
     "test_service.py",
     ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),
@@ -144,6 +144,7 @@ _SERVICE = _rows(
     ("T", "store", "an answer that is answered again, without end", "what medimg wrote is no image to a model", "test_a_kept_study_is_answered_and_given_back_as_dicom"),
 )
 
+# %% ../../nbs/deployment/05g_threats.ipynb #3de40d53
 THREATS = _WHO + _WHAT + _FILES + _SERVICE
 
 
