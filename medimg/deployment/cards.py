@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['card', 'table', 'in_words', 'advice', 'toy_advice']
 
-# %% ../../nbs/deployment/05l_cards.ipynb #7bb3ebc3
+# %% ../../nbs/deployment/05l_cards.ipynb #86474b51
 import numpy as np
 
 from .key_slices import key_slices, outlines, png64, reduced
 from .prediction import Prediction
-from .words import say, term, translated
+from .words import number, say, term, translated
 from ..plots import heatmap_overlay
 
 _FACTS = ("modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "patient_key", "series_uid")
@@ -56,7 +56,7 @@ def _verdict(p, lang):
 
 def _chance(p):
     """A probability to two digits; never a 0 or a 1, which would be a promise."""
-    return "> 0.99" if p > 0.995 else "< 0.01" if p < 0.005 else f"{p:.2f}"
+    return number(min(max(p, 1e-9), 1 - 1e-9))
 
 
 def _bars(p, lang):

@@ -6,15 +6,15 @@
 __all__ = ['as_dicom_json', 'store_parts', 'Mismatch', 'parse_query', 'search', 'metadata_of', 'bulk_of', 'frames_of', 'rendered',
            'accepts', 'NotAcceptable', 'router']
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #31a30c11
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #60b6672c
 import asyncio
 import contextlib
-import functools
 import re
 import secrets
-from functools import partial
+from functools import cache, partial
 
-from .front import BadRequest, NotFound, ServiceError, Unsupported, declared_length, header, parts_of, read_body
+from .front import BadRequest, NotFound, ServiceError, Unsupported, header, parts_of
+from .handler import admitted_body
 from .store import Conflict, StoreFull, check_uid
 from ..errors import DicomError, MedimgError, UnsupportedTransferSyntax, printable
 
@@ -489,7 +489,7 @@ def _uids(**uids):
     except DicomError as error:
         raise BadRequest(error.what, remedy=error.remedy) from error
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #2813a4c0
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #2f61a479
 def router(app):
     """The DICOMweb routes of a service.
 
@@ -527,7 +527,7 @@ def _store_routes(routes, app):
         return await _stow(app, request, _uids(StudyInstanceUID=study)[0])
 
 
-@functools.cache
+@cache
 def _headers_alone():
     """Two threads for the headers of strangers: one that takes pydicom a minute keeps neither answers nor the audit log waiting."""
     from concurrent.futures import ThreadPoolExecutor
@@ -535,17 +535,16 @@ def _headers_alone():
 
 
 async def _stow(app, request, study):
-    handler, limit = app.state.handler, app.state.settings.max_body_mb << 20
+    handler = app.state.handler
     kind = header(request.scope, b"content-type")
     if kind.partition(";")[0].strip().lower() != "multipart/related":
         raise Unsupported("instances come as multipart/related; type=\"application/dicom\"")
     _need(request, "application/dicom+json")
-    with handler.gate.admitted(declared_length(request.scope, limit) or 0) as counted:
-        body = await read_body(request.scope, request.receive, limit=limit, timeout_s=app.state.settings.body_s, counted=counted)
+    async with admitted_body(handler, request.scope, request.receive) as body:
         parts = parts_of(body, kind)
         if not parts:
             raise BadRequest("no instance in the body")
-        work = functools.partial(store_parts, handler.store, parts, url=_url(request), study_uid=study)
+        work = partial(store_parts, handler.store, parts, url=_url(request), study_uid=study)
         status, answer, (kept, bad) = await asyncio.get_running_loop().run_in_executor(_headers_alone(), work)
     handler.metrics.add("instances_stored", kept)
     handler.metrics.add("instances_failed", bad)

@@ -83,7 +83,7 @@ class _JobLine(_JobTable):
                   number, owner, bundle, kind, name, study_uid, now, now, json.dumps(asked) if asked else None)
         return number
 
-# %% ../../nbs/deployment/06e_jobs.ipynb #8bb9f24b
+# %% ../../nbs/deployment/06e_jobs.ipynb #c9ee05a4
 class _JobWork(_JobLine):
     def get(self, number: str) -> dict:
         """The job's row by its `number`: `state`, `done`, `total`, `error`, `records` (JSON of the predictions) and more; NotFound when there is none."""
@@ -91,6 +91,13 @@ class _JobWork(_JobLine):
         if not rows:
             raise NotFound("no such job", remedy="jobs are kept for a day")
         return {**dict(rows[0]), **{k: json.loads(rows[0][k]) if rows[0][k] else None for k in ("error", "records")}}
+
+    def own(self, number: str, principal) -> dict:
+        """`get` for somebody with `name` and `role`; NotFound, too, for the job of somebody else, unless the `principal` is an administrator."""
+        row = self.get(number)
+        if principal.role != "admin" and row["owner"] != principal.name:
+            raise NotFound("no such job", remedy="jobs are kept for a day")
+        return row
 
     def of(self, owner: str | None = None) -> list:
         """The rows of an `owner`, or all, newest first, without records."""

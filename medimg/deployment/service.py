@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #836ed071
+# %% ../../nbs/deployment/06_service.ipynb #04d08dda
 import asyncio
 import contextlib
 import functools
@@ -19,10 +19,10 @@ from urllib.parse import parse_qs
 from ..config import RESEARCH_USE
 from .batching import Late, Overloaded
 from .decoders import kind_of, plain_study
-from .front import (BadRequest, NotFound, declared_length, header, new_request_id, problem, read_body, reply_now, status_of)
+from .front import (BadRequest, NotFound, header, new_request_id, problem, read_body, reply_now, status_of)
 from .gate import headers as security_headers
 from .guard import BY_SESSION, Auditor, Guard, first_key, weaknesses
-from .handler import Handler, files_of, record_json
+from .handler import Handler, admitted_body, files_of, record_json
 from .jobs import FINISHED, public, watch
 from .metrics import Metrics
 from .security import Forbidden, NotAuthenticated
@@ -50,7 +50,7 @@ async def _refuse(send, error, request_id):
         more.append((b"connection", b"close"))
     await _reply(send, status, orjson.dumps(problem(error, request_id=request_id)), b"application/problem+json", request_id=request_id, more=more)
 
-# %% ../../nbs/deployment/06_service.ipynb #1db695d1
+# %% ../../nbs/deployment/06_service.ipynb #970563bb
 _PREDICT = {"bundle", "name", "store"}
 
 
@@ -100,9 +100,7 @@ async def predicted(handler: Handler, scope, receive) -> tuple:
     query = _query(scope, _PREDICT)
     handler.batcher(query.get("bundle"))
     store = _flag(query.get("store", ""), "store")
-    limit = handler.settings.max_body_mb << 20
-    with handler.gate.admitted(declared_length(scope, limit) or 0) as counted:
-        body = await read_body(scope, receive, limit=limit, timeout_s=handler.settings.body_s, counted=counted)
+    async with admitted_body(handler, scope, receive) as body:
         handler.metrics.add("bytes_received", len(body))
         files, several = files_of(body, header(scope, b"content-type"), name=query.get("name", ""))
         records = await handler.answer(files, bundle=query.get("bundle"))
@@ -541,7 +539,7 @@ def _predict_route(app):
 
     app.add_api_route("/v1/predict", predict, methods=["POST"], summary="Answer for one study, or for all in a form or archive", tags=["predict"])
 
-# %% ../../nbs/deployment/06_service.ipynb #b5d095fd
+# %% ../../nbs/deployment/06_service.ipynb #6ef02e74
 def _study_route(app):
     from fastapi import Request
 
@@ -553,24 +551,22 @@ def _study_route(app):
 async def _answered_study(app, study, request):
     import orjson
 
-    from medimg.deployment.stored import answer_stored, image_paths
+    from medimg.deployment.stored import answer_stored, image_paths, read_context
     handler, query = app.state.handler, _query(request.scope, {"bundle", "prior"})
-    for uid in (study, *({query.get("prior") or "latest"} - {"latest"})):
+    prior = query.get("prior") or None
+    for uid in (study,) if prior in (None, "latest") else (study, prior):
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", uid) or len(uid) > 64:
             raise BadRequest("a UID has digits and dots, at most 64 characters")
     handler.batcher(query.get("bundle"))
     body = await read_body(request.scope, request.receive, limit=64 << 10, timeout_s=app.state.settings.body_s)
-    try:
-        context = orjson.loads(body) if body else None
-    except ValueError as error:
-        raise BadRequest("the body is no JSON", remedy="send facts about the patient as an object, or nothing") from error
+    context = read_context(body) if body else None
     size = await asyncio.to_thread(lambda: sum(path.stat().st_size for path in image_paths(handler.store, study)))
     with handler.gate.admitted(size):
-        rows = await answer_stored(handler, study, bundle=query.get("bundle"), prior=query.get("prior") or None, context=context)
+        rows = await answer_stored(handler, study, bundle=query.get("bundle"), prior=prior, context=context)
     request.state.records = [record for record, _ in rows]
     return _json({"results": [{**kept, "record": orjson.Fragment(record_json(record))} for record, kept in rows], "research_use": RESEARCH_USE})
 
-# %% ../../nbs/deployment/06_service.ipynb #f280678e
+# %% ../../nbs/deployment/06_service.ipynb #4415b0b7
 def _job_routes(app):
     from fastapi import Request
     from starlette.responses import StreamingResponse
@@ -586,20 +582,20 @@ def _job_routes(app):
 
     @app.get("/v1/jobs/{number}", summary="State, progress and, at the end, the records of a job", tags=["jobs"])
     async def job(number: str, request: Request):
-        row = _own_job(app, request, number)
+        row = app.state.handler.jobs.own(number, request.state.principal)
         return _json({**public(row), "predictions": row["records"] if row["state"] in FINISHED else None, "research_use": RESEARCH_USE})
 
     @app.get("/v1/jobs/{number}/events", summary="Progress as server-sent events", tags=["jobs"], response_class=StreamingResponse)
     async def events(number: str, request: Request):
-        _own_job(app, request, number)
+        app.state.handler.jobs.own(number, request.state.principal)
         return StreamingResponse(watch(app.state.handler.jobs, number, stop=app.state.handler.draining), media_type="text/event-stream")
 
     @app.delete("/v1/jobs/{number}", summary="Stop a job", tags=["jobs"])
     async def cancel(number: str, request: Request):
-        _own_job(app, request, number)
+        app.state.handler.jobs.own(number, request.state.principal)
         return _json(public(app.state.handler.jobs.cancel(number)))
 
-# %% ../../nbs/deployment/06_service.ipynb #07b6a332
+# %% ../../nbs/deployment/06_service.ipynb #b65a179d
 async def _submitted(app, request):
     from medimg.deployment.stored import asked_of, context_in, read_context
     handler, settings = app.state.handler, app.state.settings
@@ -614,9 +610,7 @@ async def _submitted(app, request):
     elif query.get("prior"):
         raise BadRequest("an earlier study is compared with one that is kept here", remedy="store both, and name the later one with study_uid")
     else:
-        limit = settings.max_body_mb << 20
-        with handler.gate.admitted(declared_length(request.scope, limit) or 0) as counted:
-            body = await read_body(request.scope, request.receive, limit=limit, timeout_s=settings.body_s, counted=counted)
+        async with admitted_body(handler, request.scope, request.receive) as body:
             files, _ = files_of(body, header(request.scope, b"content-type"), name=query.get("name", ""))
             if len(files) != 1:
                 raise BadRequest(f"{len(files)} files in one job", remedy="send one file or an archive for each job")
@@ -625,11 +619,6 @@ async def _submitted(app, request):
     return _json(public(handler.jobs.get(number)), 202, {"location": f"/v1/jobs/{number}"})
 
 
-def _own_job(app, request, number):
-    row, who = app.state.handler.jobs.get(number), request.state.principal
-    if who.role != "admin" and row["owner"] != who.name:
-        raise NotFound("no such job", remedy="jobs are kept for a day")
-    return row
 
 # %% ../../nbs/deployment/06_service.ipynb #bc10c3fb
 def _result_routes(app):

@@ -277,7 +277,7 @@ def _gone(reason):
     error.reason = reason
     return error
 
-# %% ../../nbs/deployment/05f_sessions.ipynb #23481a3d
+# %% ../../nbs/deployment/05f_sessions.ipynb #f4266e6b
 class _Rows:
     """A small table, of one process or in a file that several share."""
 
@@ -292,12 +292,9 @@ class _Rows:
     @contextlib.contextmanager
     def change(self):
         """The database while nobody else changes it."""
-        with self._lock:
+        with self._lock, self._db:                           # an error takes back what was half done
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            finally:
-                self._db.execute("COMMIT")
+            yield self._db
 
     def all(self):
         """Every row."""

@@ -6,9 +6,8 @@
 __all__ = ['image_paths', 'studies_in', 'load_stored', 'latest_prior', 'read_context', 'context_in', 'asked_of', 'Given',
            'given_of', 'StudyJobs', 'dicom_of', 'keep', 'answer_stored']
 
-# %% ../../nbs/deployment/06l_stored.ipynb #4eb5d0fd
+# %% ../../nbs/deployment/06l_stored.ipynb #5fbc383e
 import asyncio
-import json
 import re
 import tempfile
 from dataclasses import replace
@@ -173,7 +172,7 @@ async def _prior_of(handler, batcher, study_uid, prior):
         raise DatasetError(f"{len(before)} earlier scans that {batcher.bundle.name} can answer", remedy="name one earlier CT, for a bundle that marks lesions")
     return before[0]
 
-# %% ../../nbs/deployment/06l_stored.ipynb #3e02975f
+# %% ../../nbs/deployment/06l_stored.ipynb #d97fadd2
 def read_context(data: bytes) -> dict:
     """Facts about a patient from JSON, by the names that `medimg predict --context` takes.
 
@@ -199,10 +198,12 @@ def read_context(data: bytes) -> dict:
     Traceback (most recent call last):
     medimg.errors.ConfigError: age_years cannot be 'old'; use a number of 0 or more
     """
+    import orjson
+
     from medimg.deployment.recommend import PatientContext
     try:
-        context = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        context = orjson.loads(data)
+    except ValueError as error:
         raise BadRequest("the context is no JSON", remedy='send an object, for example {"age_years": 61, "screening": true}') from error
     PatientContext.from_dict(context)
     return context
@@ -231,7 +232,7 @@ def context_in(body: bytes, content_type: str) -> dict | None:
     found = [data for text, data in said if "filename" not in text and re.search(r';\s*name="?context"?\s*(;|$)', text)]
     return read_context(found[0]) if found else None
 
-# %% ../../nbs/deployment/06l_stored.ipynb #2ce8e514
+# %% ../../nbs/deployment/06l_stored.ipynb #96f6e059
 def asked_of(store, bundle, study_uid: str, *, prior: str | None = None, context: dict | None = None) -> dict:
     """What a job on a kept study is asked beside the bundle, checked before it waits in the line.
 
@@ -245,7 +246,7 @@ def asked_of(store, bundle, study_uid: str, *, prior: str | None = None, context
     prior : str, optional
         Study UID of an earlier study of the same patient, or `latest`: the last one before, if there is one.
     context : dict, optional
-        From `read_context`.
+        Facts about the patient, as from `read_context`.
 
     Returns
     -------
@@ -258,6 +259,8 @@ def asked_of(store, bundle, study_uid: str, *, prior: str | None = None, context
         When the study or the earlier one is not kept.
     DatasetError
         When the earlier one is of another patient, or the bundle marks no lesions.
+    ConfigError
+        As `read_context`.
 
     Examples
     --------
@@ -266,6 +269,9 @@ def asked_of(store, bundle, study_uid: str, *, prior: str | None = None, context
     Traceback (most recent call last):
     medimg.deployment.front.NotFound: no such study is kept here; store it first
     """
+    if context is not None:
+        from medimg.deployment.recommend import PatientContext
+        PatientContext.from_dict(context)
     if not store.studies(study_uid=study_uid, limit=1):
         raise NotFound("no such study is kept here", remedy="store it first")
     chosen = prior == "latest"
@@ -355,7 +361,7 @@ async def given_of(handler, bundle: str | None, study_uid: str | None, asked: di
             notes = (f"not compared with the earlier study ({error.what})",)
     return Given(asked.get("context"), before, notes)
 
-# %% ../../nbs/deployment/06l_stored.ipynb #212a3800
+# %% ../../nbs/deployment/06l_stored.ipynb #f3e08e00
 class StudyJobs:
     """What the review page (`medimg.deployment.review`) asks of a service: which bundles there are, and jobs on kept studies.
 
@@ -385,9 +391,7 @@ class StudyJobs:
         ----------
         study_uid, bundle, prior, context, owner
         """
-        from medimg.deployment.recommend import PatientContext
         served = self._handler.batcher(bundle).bundle
-        PatientContext.from_dict(context or {})
         asked = asked_of(self._handler.store, served, study_uid, prior=prior, context=context)
         return self._handler.jobs.submit(None, owner=owner, bundle=served.name, study_uid=study_uid, asked=asked)
 
@@ -400,8 +404,8 @@ class StudyJobs:
         principal : object
             With `name` and `role`.
         """
-        row = self._handler.jobs.get(number)
-        if not row["study_uid"] or principal.role != "admin" and row["owner"] != principal.name:
+        row = self._handler.jobs.own(number, principal)
+        if not row["study_uid"]:
             raise NotFound("no such job", remedy="jobs are kept for a day")
         return row
 
@@ -489,7 +493,7 @@ def keep(store, record) -> dict:
     except Exception as error:                     # a header that pydicom cannot carry over must not lose the answer
         return {"id": number, "dicom": [], "dicom_problem": f"not written ({type(error).__name__})"}
 
-# %% ../../nbs/deployment/06l_stored.ipynb #a462eefb
+# %% ../../nbs/deployment/06l_stored.ipynb #c8587690
 async def answer_stored(handler, study_uid: str, *, bundle: str | None = None, prior: str | None = None, context: dict | None = None) -> list:
     """Answer a kept study, and keep the answers.
 
@@ -519,12 +523,9 @@ async def answer_stored(handler, study_uid: str, *, bundle: str | None = None, p
     --------
     >>> asyncio.run(answer_stored(handler, "1.2.3", bundle="phantom-nodules"))              # doctest: +SKIP
     """
-    from medimg.deployment.recommend import PatientContext
     batcher = handler.batcher(bundle)
-    if context is not None:
-        PatientContext.from_dict(context)
-    found = await load_stored(handler, study_uid, batcher.bundle)
     asked = await asyncio.to_thread(lambda: asked_of(handler.store, batcher.bundle, study_uid, prior=prior, context=context))
+    found = await load_stored(handler, study_uid, batcher.bundle)
     given = await given_of(handler, bundle, study_uid, asked)
     records, errors = [], []
     for source, study in found:
