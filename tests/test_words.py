@@ -172,9 +172,9 @@ def test_advice_keeps_the_guideline(case):
     assert rows["zh"][0]["state"] == "适用" and rows["zh"][1]["missing"] == ["smoking history"] and rows["en"][0]["finding"] == "Finding 1"
     assert rows["en"][0]["used"] == [("type", "solid"), ("mean diameter mm", "12")] and rows["zh"][0]["used"][0] == ("type", "实性")
     others = ({"finding": 1, "rule": "R", "status": "applies", "category": "2"}, {"finding": 2, "rule": "R", "status": "not assessable", "category": None})
-    late = ({**toy_advice()[1], "status": "not applicable"}, {**toy_advice()[0], "inputs_used": {"screening": True, "other_findings": list(others)}})
+    late = ({**toy_advice()[1], "status": "not applicable"}, {**toy_advice()[0], "inputs_used": {"screening": True, "size": {"mm": 11.7, "mm3": 764.0}, "other_findings": list(others)}})
     first, last = advice(replace(film(), recommendations=late))
-    assert (first["state"], last["state"]) == ("applies", "not applicable") and first["used"] == [("screening", "yes"), ("other findings", "Finding 2: 2; Finding 3: not assessable")]
+    assert (first["state"], last["state"]) == ("applies", "not applicable") and first["used"] == [("screening", "yes"), ("size", "11.7 mm, 764 mm3"), ("other findings", "Finding 2: 2; Finding 3: not assessable")]
 
 
 def test_key_slices_show_the_voxels(case):

@@ -278,7 +278,7 @@ def _advised(r, lang):
             "state": _state(status, lang), "kind": status.replace(" ", "-"), "category": r.get("category"), "number": r.get("finding"),
             "text": r.get("text", ""), "finding": where, "used": used, "missing": [_name(name) for name in r.get("inputs_missing") or ()], "reason": r.get("reason"), "note": note}
 
-# %% ../../nbs/deployment/05l_cards.ipynb #0a6a56cc
+# %% ../../nbs/deployment/05l_cards.ipynb #55044ac7
 def _name(fact):
     """A fact's name as words: prior_category -> prior category."""
     return str(fact).replace("_", " ")
@@ -288,6 +288,8 @@ def _said(value, lang):
     """A fact in words; what other findings would have led to is shortened to their category or state."""
     if isinstance(value, bool):
         return term("yes" if value else "no", lang)
+    if isinstance(value, dict):                                         # a size by its units: 11.7 mm, 764 mm3
+        return ", ".join(f"{_said(one, lang)} {_name(unit)}" for unit, one in value.items() if one is not None)
     if isinstance(value, (list, tuple)) and all(isinstance(one, dict) for one in value):
         return "; ".join(f"{say('finding_n', lang, n=one['finding'] + 1)}: {one.get('category') or _state(one.get('status'), lang)}" for one in value)
     return term(value, lang) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
