@@ -278,7 +278,7 @@ def _advised(r, lang):
             "state": _state(status, lang), "kind": status.replace(" ", "-"), "category": r.get("category"), "number": r.get("finding"),
             "text": r.get("text", ""), "finding": where, "used": used, "missing": [_name(name) for name in r.get("inputs_missing") or ()], "reason": r.get("reason"), "note": note}
 
-# %% ../../nbs/deployment/05l_cards.ipynb #55044ac7
+# %% ../../nbs/deployment/05l_cards.ipynb #45fc1ec2
 def _name(fact):
     """A fact's name as words: prior_category -> prior category."""
     return str(fact).replace("_", " ")
