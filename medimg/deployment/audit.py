@@ -62,7 +62,7 @@ def _sync_folder(folder):
     finally:
         os.close(handle)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #c5cf2fd4
+# %% ../../nbs/deployment/05e_audit.ipynb #aeba336b
 class _LogEnd(_LogFile):
     """What stands at the end of the file."""
 
@@ -76,7 +76,7 @@ class _LogEnd(_LogFile):
         last, torn, bare = self.last(handle, stat.st_size, key)
         log = self.log_id(handle) if last else ""
         number = last["n"] + 1 if last else 0
-        before = [h for h in (head, self.seen and {"log": self.seen[2][0], "count": self.seen[2][1]}) if h]
+        before = [h for h in (head(), self.seen and {"log": self.seen[2][0], "count": self.seen[2][1]}) if h]
         for known in before:
             if known["count"] > number or known["log"] != log:
                 self.fail(f"{known['count']} records were written, the log has {number}" if known["count"] > number else "the head belongs to another log")
@@ -118,7 +118,7 @@ def _chained(entries, state, torn, bare):
         number, before = number + 1, record["m"]
     return b"".join(lines), (log, number, before)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #5b5f1eaa
+# %% ../../nbs/deployment/05e_audit.ipynb #ffff9ef3
 class _Chain(_LogEnd):
     """Appends events to the chain."""
 
@@ -130,8 +130,7 @@ class _Chain(_LogEnd):
         """Append (key, event) pairs; the first key is that of the record before."""
         try:
             with self.opened() as handle:
-                known = read_head(self.head) if isinstance(self.head, Path) and self.head.exists() else None
-                data, last = _chained(entries, *self.state(handle, entries[0][0], known))
+                data, last = _chained(entries, *self.state(handle, entries[0][0], self.told))
                 self.append(handle, data)
                 stat = os.fstat(handle)
                 self.seen = stat.st_ino, stat.st_size, last
@@ -139,6 +138,10 @@ class _Chain(_LogEnd):
         except OSError as error:
             raise AuditError(f"the audit log cannot be written: {os.strerror(error.errno)}", path=self.path,
                              remedy="free some space or give access; nothing is answered until then") from error
+
+    def told(self):
+        """The head as it was exported last, where it can be read back."""
+        return read_head(self.head) if isinstance(self.head, Path) and self.head.exists() else None
 
     def export(self, head):
         if isinstance(self.head, Path):

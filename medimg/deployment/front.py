@@ -442,9 +442,9 @@ class _Measured(_Clocked):
             self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
 
-# %% ../../nbs/deployment/06g_front.ipynb #768a58c0
+# %% ../../nbs/deployment/06g_front.ipynb #410553ec
 class _Offering(_Measured):
-    """Offers what is here whole to `app.quick(cycle, usual)` before it gets a task."""
+    """Offers a request, as far as it is here, to `app.quick(cycle, usual)` before it gets a task."""
 
     _held, _feeding = None, False
 
@@ -461,12 +461,12 @@ class _Offering(_Measured):
         if self._held is not None:
             (cycle, app), self._held = self._held, None
             usual = functools.partial(super()._start_asgi_task, cycle, app)
-            if cycle.more_body or cycle.disconnected or not app.quick(cycle, usual):
+            if cycle.disconnected or not app.quick(cycle, usual):
                 usual()
 
 
-def reply_now(cycle, headers: bytes, body: bytes) -> None:
-    """Write a whole answer with status 200 for a request that `quick` took.
+def reply_now(cycle, headers: bytes, body: bytes, *, status: bytes = b"200 OK") -> None:
+    """Write a whole answer for a request that `quick` took.
 
     Parameters
     ----------
@@ -476,6 +476,8 @@ def reply_now(cycle, headers: bytes, body: bytes) -> None:
         Lines with their ends, but those that the server itself adds.
     body : bytes
         Its length stands in `headers`.
+    status : bytes
+        Code and reason.
 
     Examples
     --------
@@ -486,7 +488,7 @@ def reply_now(cycle, headers: bytes, body: bytes) -> None:
     if cycle.disconnected:
         return
     added = b"".join(name + b": " + value + b"\r\n" for name, value in cycle.default_headers)
-    cycle.transport.write(b"".join((b"HTTP/1.1 200 OK\r\n", added, headers, b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)))
+    cycle.transport.write(b"".join((b"HTTP/1.1 ", status, b"\r\n", added, headers, b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)))
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ASPECT', 'MIN_CONTRAST', 'COARSEST', 'check_fit', 'check_scope', 'heat_map', 'hottest_region', 'answer',
-           'predict', 'exit_code']
+           'answer_together', 'predict', 'exit_code']
 
 # %% ../../nbs/deployment/03_predict.ipynb #18c298ff
 import time
@@ -96,7 +96,7 @@ def check_scope(study: Study, manifest: dict) -> tuple:
     warnings = [f"the file does not state {', '.join(unknown)}: whether the model fits could not be checked"] if unknown and not reasons else []
     return (*reasons, *study.reasons), (*study.warnings, *warnings)
 
-# %% ../../nbs/deployment/03_predict.ipynb #b0af2217
+# %% ../../nbs/deployment/03_predict.ipynb #7120df03
 def _compare(what, have, wanted):
     if not wanted:
         return "any", ""
@@ -125,14 +125,15 @@ def _compare_age(have, span):
 
 
 def _look(image):
+    import cv2
     y, x = image.shape[:2]
-    aspect, contrast = max(y, x) / min(y, x), float(np.std(image))
+    aspect, contrast = max(y, x) / min(y, x), float(cv2.meanStdDev(image.reshape(-1, 1))[1][0, 0])
     if aspect > MAX_ASPECT:
         yield "no", f"a strip of {y} × {x} pixels, not a whole picture"
     if contrast < MIN_CONTRAST:
         yield "no", f"almost no contrast (standard deviation {contrast:.1f} of 255 grey levels)"
 
-# %% ../../nbs/deployment/03_predict.ipynb #3b1f529c
+# %% ../../nbs/deployment/03_predict.ipynb #f4122af0
 def heat_map(cam, shape_yx, steps=()) -> np.ndarray | None:
     """Evidence for a class on the picture's own pixels, 0 … 1, or None when there is no positive evidence.
 
@@ -156,14 +157,19 @@ def heat_map(cam, shape_yx, steps=()) -> np.ndarray | None:
     """
     import cv2
     evidence = np.maximum(np.asarray(cam, dtype=np.float32), 0)
-    if evidence.max() <= 0:
+    strongest = evidence.max()
+    if strongest <= 0:
         return None
     y, x = shape_yx
     h, w = (min(y, x),) * 2 if "center_square" in {name for name, *_ in steps} else (y, x)
+    grown = cv2.resize(evidence / strongest, (w, h), interpolation=cv2.INTER_LINEAR)
+    np.minimum(grown, 1, out=grown)                 # a weighted mean of values up to 1, but for rounding
+    if (h, w) == (y, x):
+        return grown
     out = np.zeros((y, x), np.float32)
     top, left = (y - h) // 2, (x - w) // 2
-    out[top:top + h, left:left + w] = cv2.resize(evidence / evidence.max(), (w, h), interpolation=cv2.INTER_LINEAR)
-    return np.clip(out, 0, 1)
+    out[top:top + h, left:left + w] = grown
+    return out
 
 
 def hottest_region(heat, *, level: float = 0.5) -> Finding:
@@ -188,14 +194,17 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     (2, 3, 4, 7)
     """
     import cv2
-    n, labels, stats, _ = cv2.connectedComponentsWithStats((heat >= level).astype(np.uint8), connectivity=8)
-    weight = np.bincount(labels.ravel(), weights=heat.ravel().astype(float), minlength=n)
-    best = 1 + int(np.argmax(weight[1:]))
-    x, y, w, h = (int(v) for v in stats[best, :4])
-    return Finding("region that moved the score", "evidence-region", score=round(float(weight[best] / heat.sum()), 4), box_yx=(y, x, y + h, x + w),
+    mask = (heat >= level).view(np.uint8)
+    n, labels = cv2.connectedComponents(mask, connectivity=8)
+    if n > 2:
+        weight = np.bincount(labels.ravel(), weights=heat.ravel())
+        mask = (labels == 1 + weight[1:].argmax()).view(np.uint8)
+    x, y, w, h = cv2.boundingRect(mask)
+    share = cv2.mean(heat, mask)[0] * cv2.countNonZero(mask) / float(heat.sum())
+    return Finding("region that moved the score", "evidence-region", score=round(share, 4), box_yx=(y, x, y + h, x + w),
                    note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease")
 
-# %% ../../nbs/deployment/03_predict.ipynb #f368cc55
+# %% ../../nbs/deployment/03_predict.ipynb #2c7c87b6
 def answer(bundle: Bundle, study: Study) -> Prediction:
     """The record for one study.
 
@@ -224,89 +233,142 @@ def answer(bundle: Bundle, study: Study) -> Prediction:
     >>> answer(toy_bundle(tempfile.mkdtemp() + "/toy"), Study("a.png", picture)).label
     'bright'
     """
+    found = answer_together(bundle, [study])[0]
+    if isinstance(found, MedimgError):
+        raise found
+    return found
+
+
+def answer_together(bundle: Bundle, studies: Sequence) -> list:
+    """What `answer` says about each study, with one run of the network for all that fit a classifier.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Loaded.
+    studies : sequence of Study
+        Of any sizes.
+
+    Returns
+    -------
+    list of Prediction or MedimgError
+        In the order of `studies`; an error stands where `answer` would raise it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.deployment.bundle import toy_bundle, toy_images
+    >>> bundle, pictures = toy_bundle(tempfile.mkdtemp() + "/toy"), toy_images(4, seed=5)[0]
+    >>> [p.label for p in answer_together(bundle, [Study(f"{i}.png", p) for i, p in enumerate(pictures)])]
+    ['dark', 'bright', 'bright', 'bright']
+    """
     started = time.perf_counter()
-    reasons, warnings = check_scope(study, bundle.manifest)
+    seen = [(*check_scope(study, bundle.manifest), _misfit(study, bundle.manifest)) for study in studies]
+    fits = [k for k, (*_, misfit) in enumerate(seen) if misfit is None] if "answer" not in bundle.manifest else []
+    rows = dict(zip(fits, _run(bundle, [studies[k].image for k in fits]))) if fits else {}
+    return [_one(bundle, study, *saw, rows.get(k), started) for k, (study, saw) in enumerate(zip(studies, seen))]
+
+
+def _misfit(study, manifest):
+    """Why the picture cannot go through the network, or None."""
     try:
-        check_fit(study, bundle.manifest)
+        check_fit(study, manifest)
     except BundleError as error:
-        if not reasons:
-            raise
-        return _record(bundle, study, "refused", reasons=(*reasons, error.what), warnings=warnings, started=started)
-    if "answer" in bundle.manifest:
-        return _located(bundle, study, reasons, warnings, started)
-    out = bundle.run(study.image[None])
-    ood, far = _familiar(bundle, out["features"])
-    reasons += far
-    score = _scores(bundle, out["logits"][0])
-    if reasons:
-        return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, ood=ood, score=score, started=started)
-    return _record(bundle, study, "answered", warnings=warnings, ood=ood, score=score, started=started, **_judge(bundle, out, study))
+        return error
+    return None
 
 
-def _familiar(bundle, features):
-    """The distance of one picture from the training images, and the reason to refuse where that is too far."""
-    ood = {"method": "mahalanobis", "score": float(bundle.reference.score(features)[0]), "threshold": bundle.reference.threshold}
-    far = not ood["score"] <= ood["threshold"]
-    return ood, (f"unlike the training images (distance {ood['score']:.0f}, familiar up to {ood['threshold']:.0f})",) * far
+def _one(bundle, study, reasons, warnings, misfit, row, started):
+    """The record of one study, given what was seen in it and what the network said; an error instead of one."""
+    if misfit is not None:
+        return _record(bundle, study, "refused", reasons=(*reasons, misfit.what), warnings=warnings, started=started) if reasons else misfit
+    if row is None:
+        try:
+            return _located(bundle, study, reasons, warnings, started)
+        except MedimgError as error:
+            return error
+    ood, far = _familiar(bundle, row["distance"])
+    known = {"warnings": warnings, "ood": ood, "score": dict(zip(bundle.classes[1:] if bundle.task == "binary" else bundle.classes, row["logits"])), "started": started}
+    if reasons := (*reasons, *far):
+        return _record(bundle, study, "refused", reasons=reasons, **known)
+    return _record(bundle, study, "answered", **known, **_judge(bundle, row, study))
+
+
+def _familiar(bundle, distance):
+    """The distance of one picture from the training images as the record has it, and the reason to refuse where that is too far."""
+    ood = {"method": "mahalanobis", "score": distance, "threshold": bundle.reference.threshold}
+    far = not distance <= ood["threshold"]
+    return ood, (f"unlike the training images (distance {distance:.0f}, familiar up to {ood['threshold']:.0f})",) * far
 
 
 def _located(bundle, study, reasons, warnings, started):
     """A bundle that says where: the mask of a picture, or the findings of a stack."""
-    ood, far = _familiar(bundle, bundle.features(study.image[None])) if bundle.manifest["ood"] and not reasons else (None, ())
+    ood, far = _familiar(bundle, float(bundle.reference.score(bundle.features(study.image[None]))[0])) if bundle.manifest["ood"] and not reasons else (None, ())
     if reasons := (*reasons, *far):
         return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, ood=ood, started=started)
     found = outline_answer(bundle, study.image) if bundle.task == "segmentation" else marks_answer(bundle, study.volume)
     unfamiliar = () if bundle.manifest["ood"] else ("this model has no check for unfamiliar images",)
     return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), ood=ood, started=started, volume=study.volume, **found)
 
-
-def _scores(bundle, logits):
-    names = bundle.classes[1:] if bundle.task == "binary" else bundle.classes
-    return {name: float(z) for name, z in zip(names, logits)}
-
-# %% ../../nbs/deployment/03_predict.ipynb #79fea515
+# %% ../../nbs/deployment/03_predict.ipynb #46836fd1
 _NOTE = "probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease"
 _EMPTY = "no class fits as well as in {share} of the {on} images: read it as unknown"
 _MANY = "{names} cannot be told apart where the set shall hold the true class in {share} of patients"
 _BESIDE = "the set leaves out the answer {label}: answer and set are drawn at different borders"
+_CACHED = 1 << 15                                   # pixels of the network's input in one run
 _PLAIN = "the probability is not calibrated"
 _NO_SETS = {True: "no prediction set: this model has no limits for one", False: "no prediction set: several classes may be true at once"}
 
 
-def _judge(bundle, out, study):
-    p = calibrated(out["logits"], bundle.calibration, task=bundle.task)[0]
-    cuts, k = bundle.manifest["thresholds"], int(np.argmax(p))
+def _run(bundle, images):
+    """What the network says about each of the pictures, a dict each; what can be worked out for all together is."""
+    out, sets = _through(bundle, images), bundle.calibration.get("conformal")
+    p = calibrated(out["logits"], bundle.calibration, task=bundle.task)
+    found = {"distance": bundle.reference.score(out["features"]), "logits": out["logits"], "p": p, "best": p.argmax(axis=1),
+             "entropy": -(p * np.log2(np.maximum(p, 1e-12))).sum(axis=1), **({"in_set": in_set(p, sets)} if sets else {})}
+    rows = [dict(zip(found, row)) for row in zip(*(values.tolist() for values in found.values()))]
+    return [{**row, "cam": cam} for row, cam in zip(rows, out["cam"])] if "cam" in out else rows
+
+
+def _through(bundle, images):
+    """The network's outputs for all pictures, so many at a time as the processor's cache holds: beyond that each of them takes longer, not shorter."""
+    height, width = bundle.manifest["input"]["shape"][:2]
+    step = max(1, _CACHED // (height * width))
+    parts = [bundle.run(images[i:i + step]) for i in range(0, len(images), step)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+
+
+def _judge(bundle, row, study):
+    names, p, cuts, k = bundle.classes, row["p"], bundle.manifest["thresholds"], row["best"]
     if bundle.task == "binary":
-        k = int(p[1] >= cuts.get(bundle.classes[1], 0.5))
-    kept, unsure = _set_of(bundle, p, bundle.classes[k])
-    entropy = float(-(p * np.log2(np.maximum(p, 1e-12))).sum())
-    return {"label": bundle.classes[k], "probability": {c: float(v) for c, v in zip(bundle.classes, p)}, "threshold": dict(cuts) or None,
-            "prediction_set": kept, "uncertainty": {"entropy_bits": entropy, **unsure}, **_explain(bundle, out, study, k)}
+        k = int(p[1] >= cuts.get(names[1], 0.5))
+    kept, unsure = _set_of(bundle, row.get("in_set"), names[k])
+    return {"label": names[k], "probability": dict(zip(names, p)), "threshold": dict(cuts) or None,
+            "prediction_set": kept, "uncertainty": {"entropy_bits": row["entropy"], **unsure}, **_explain(bundle, row, study, k)}
 
 
-def _set_of(bundle, p, label):
+def _set_of(bundle, inside, label):
     """The classes that cannot be excluded, and the note that goes with them."""
     fit = bundle.calibration
     sets, note = fit.get("conformal"), [_PLAIN if fit["method"] == "none" else _NOTE.format(how=fit["method"], n=fit["n"], on=fit["fitted_on"])]
-    if sets is None:
+    if inside is None:
         return None, {"note": "; ".join([*note, _NO_SETS[bundle.task in SET_TASKS]])}
-    kept, share = tuple(c for c, inside in zip(bundle.classes, in_set(p, sets)) if inside), f"{sets['coverage']:.0%}"
+    kept, share = tuple(c for c, within in zip(bundle.classes, inside) if within), f"{sets['coverage']:.0%}"
     if len(kept) != 1:
         note.append(_MANY.format(names=" and ".join(kept), share=share) if kept else _EMPTY.format(share=share, on=sets["fitted_on"]))
     elif label not in kept:
         note.append(_BESIDE.format(label=label))
     return kept, {"note": "; ".join(note), "level": sets["coverage"]}
 
-# %% ../../nbs/deployment/03_predict.ipynb #5503e0aa
-def _explain(bundle, out, study, k):
-    column = 0 if bundle.task == "binary" else k
-    if "cam" not in out or (bundle.task == "binary" and k == 0):     # no map for "nothing found": absence has no place
+# %% ../../nbs/deployment/03_predict.ipynb #ce15b4cb
+def _explain(bundle, row, study, k):
+    if "cam" not in row or (bundle.task == "binary" and k == 0):     # no map for "nothing found": absence has no place
         return {}
-    heat = heat_map(out["cam"][0, ..., column], study.image.shape[:2], bundle.preprocessor.steps)
+    heat = heat_map(row["cam"][..., 0 if bundle.task == "binary" else k], study.image.shape[:2], bundle.preprocessor.steps)
     if heat is None:
         return {}
-    peak = [int(v) for v in np.unravel_index(np.argmax(heat), heat.shape)]
-    why = {"method": "class activation map", "class": bundle.classes[k], "peak_yx": peak, "note": "scaled to its own maximum: it says where, not how much"}
+    why = {"method": "class activation map", "class": bundle.classes[k], "peak_yx": list(divmod(int(heat.argmax()), heat.shape[1])),
+           "note": "scaled to its own maximum: it says where, not how much"}
     return {"heat_map": heat, "explanation": why, "findings": (hottest_region(heat),)}
 
 

@@ -236,7 +236,7 @@ def _event(app, scope, at):
         event |= _page_facts(app, scope, who)
     return event
 
-# %% ../../nbs/deployment/06_service.ipynb #244eb054
+# %% ../../nbs/deployment/06_service.ipynb #cc822297
 def _plain(body, content_type):
     try:
         kind = kind_of(body, content_type)
@@ -249,62 +249,94 @@ class _Line:
     """What was taken and waits for the next turn."""
 
     def __init__(self, app):
-        self.app, self.state, self.waiting = app, app.state, []
+        self.app, self.state, self.waiting, self.refused = app, app.state, [], []
 
     def take(self, cycle, usual) -> bool:
-        """Whether the request in `cycle` will be answered here; `usual()` is called later should it fail."""
-        scope, handler, body = cycle.scope, self.state.handler, bytes(cycle.body)
-        if scope["path"] != "/v1/predict" or scope["method"] != "POST" or scope["query_string"] or not handler.ready or not handler.batchers[handler.default].inline:
+        """Whether the request in `cycle` will be answered or refused here; `usual()` is called later should it fail."""
+        scope, handler, size = cycle.scope, self.state.handler, len(cycle.body)
+        if scope["path"] != "/v1/predict" or scope["method"] != "POST" or scope["query_string"] or not handler.ready:
             return False
-        at = {"start": time.perf_counter(), "request": new_request_id(), "status": 200, "error": None, "size": len(body), "usual": usual}
+        at = {"start": time.perf_counter(), "request": new_request_id(), "status": 200, "error": None, "size": size, "usual": usual}
         try:
             at["principal"], _, at["action"] = scope["state"]["admitted"] = self.state.guard.admit(scope)
         except MedimgError as error:
             scope["state"]["admitted"] = error
             return False
-        study = _plain(body, header(scope, b"content-type"))
-        if study is None or not handler.gate.room(len(body)):
+        if not handler.gate.room(size):
+            self._soon(self.refused, (cycle, at | {"status": 429}))
+            return True
+        study = None if cycle.more_body or not handler.batchers[handler.default].inline else _plain(bytes(cycle.body), header(scope, b"content-type"))
+        if study is None:
             return False
-        handler.gate.change(1, len(body))
-        if not self.waiting:
-            asyncio.get_running_loop().call_soon(self._turn)
-        self.waiting.append((cycle, study, at))
+        handler.gate.change(1, size)
+        self._soon(self.waiting, (cycle, study, at))
         return True
 
-# %% ../../nbs/deployment/06_service.ipynb #eb6f20fd
+    def _soon(self, line, entry):
+        if not self.waiting and not self.refused:
+            asyncio.get_running_loop().call_soon(self._turn)
+        line.append(entry)
+
+# %% ../../nbs/deployment/06_service.ipynb #c35757c3
 class _Quick(_Line):
     """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
 
     def _turn(self):
         most = self.state.settings.batch
-        taken, self.waiting = self.waiting[:most], self.waiting[most:]
+        taken, self.waiting, refused, self.refused = self.waiting[:most], self.waiting[most:], self.refused, []
         if self.waiting:
             asyncio.get_running_loop().call_soon(self._turn)
         handler, done, events = self.state.handler, [], []
-        for (cycle, _, at), record in zip(taken, handler.batchers[handler.default].now([study for _, study, _ in taken])):
+        for (cycle, _, at), record in zip(taken, handler.batchers[handler.default].now([study for _, study, _ in taken]) if taken else ()):
             if isinstance(record, Exception):
                 self._hand_back(at)
             else:
                 at["records"] = [record]
                 done.append((cycle, at, record.status, record_json(record)))
                 events.append(_event(self.app, cycle.scope, at))
-        self.state.auditor.note(events, functools.partial(self._written, done))
+        groups = _alike(refused)
+        events += [_event(self.app, group[0][0].scope, group[0][1]) | {"reason": "overloaded", "count": len(group)} for group in groups]
+        if events:
+            self.state.auditor.note(events, functools.partial(self._written, done, groups))
 
     def _hand_back(self, at):
         self.state.handler.gate.change(-1, -at["size"])
         at["usual"]()
 
-    def _written(self, done, error):
+    def _written(self, done, groups, error):
+        handler = self.state.handler
         for cycle, at, status, body in done:
             if error is not None:
                 self._hand_back(at)
                 continue
             reply_now(cycle, b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\n%s" % (len(body), at["request"].encode(), _HEADER_LINES), body)
-            handler = self.state.handler
             handler.gate.change(-1, -at["size"])
             handler.metrics.add("bytes_received", at["size"])
             handler.metrics.add(f"answers_{status}")
             handler.metrics.request("predict", 200, time.perf_counter() - at["start"])
+        for group in groups:
+            lines, body = _refusal(group[0][1]["request"])
+            for cycle, at in group:
+                if error is not None:
+                    at["usual"]()
+                    continue
+                reply_now(cycle, lines, body, status=b"429 Too Many Requests")
+                handler.metrics.request("predict", 429, time.perf_counter() - at["start"])
+
+
+def _alike(refused):
+    """Those of one client and key together, each a (cycle, facts)."""
+    groups = {}
+    for cycle, at in refused:
+        groups.setdefault((at["principal"].name, cycle.scope["client"][0]), []).append((cycle, at))
+    return list(groups.values())
+
+
+def _refusal(request_id):
+    """Header lines and body of a refusal for want of room."""
+    import orjson
+    body = orjson.dumps(problem(Overloaded("too many requests are in work", remedy="ask again in a second"), request_id=request_id))
+    return b"content-type: application/problem+json\r\ncontent-length: %d\r\nx-request-id: %s\r\nretry-after: 1\r\n%s" % (len(body), request_id.encode(), _HEADER_LINES), body
 
 # %% ../../nbs/deployment/06_service.ipynb #6b3699cb
 def create_app(settings: ServiceSettings | None = None, *, metrics_folder=None):
@@ -738,7 +770,7 @@ def _describe_bodies(paths, answer):
     form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
     paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
-# %% ../../nbs/deployment/06_service.ipynb #47306950
+# %% ../../nbs/deployment/06_service.ipynb #729cd456
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
 
 
@@ -749,10 +781,13 @@ def worker_app():
     --------
     >>> worker_app()                                                                    # doctest: +SKIP
     """
+    import cv2
+
     from medimg.deployment import front
     from medimg.deployment.scrub import Scrub
     Scrub().install()                               # whatever a library logs, names and keys are struck out
     settings = from_environ(os.environ[_SETTINGS])
+    cv2.setNumThreads(settings.threads or 1)        # more would wait for each other over pictures that take microseconds
     front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
     return create_app(settings, metrics_folder=os.environ.get(_METRICS))
 
