@@ -1,10 +1,12 @@
 """The running service, knocked at by clients that know nothing of it: answers, refusals, attackers, overload, the end."""
 import asyncio
+import contextlib
 import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -336,8 +338,63 @@ def test_under_overload_only_200_and_429(bundle, tmp_path):
         assert set(statuses) == {200, 429} and statuses.count(200) >= 8
         with small.client() as client:
             assert 'medimg_requests_in_flight 0' in client.get("/metrics").text and small.alive(PNG)
+        lines = refusals(small)                     # those of one moment share one
+        assert sum(e["count"] for e in lines) == statuses.count(429) > len(lines)
     finally:
         assert small.stop() == 0
+
+
+def test_who_finds_no_place_is_told_so_before_the_body_is_here_and_found_in_the_log(bundle, tmp_path):
+    small = Running(tmp_path, bundle=bundle.path, queue=4, decoders=1)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):          # four who were let in and do not go on
+                slow = stack.enter_context(socket.create_connection(("127.0.0.1", small.port), timeout=10))
+                slow.sendall(asked(small.key, PNG)[:-10])
+            wait_for(lambda: "medimg_requests_in_flight 4" in httpx.get(small.base + "/metrics", headers={"authorization": f"Bearer {small.key}"}).text)
+            crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", small.port), timeout=10)) for _ in range(40)]
+            for k, one in enumerate(crowd):
+                one.sendall(asked(small.key, PNG)[:-5 if k == 0 else None])       # the first is refused before its body is here
+            said = [whole(one) for one in crowd]
+            crowd[0].sendall(PNG[-5:] + asked(small.key, b"no picture"))            # what was still to come is not taken for a request
+            assert whole(crowd[0])[0] == 429
+        assert {status for status, *_ in said} == {429} and {headers["retry-after"] for _, headers, _ in said} == {"1"}
+        assert all(json.loads(body)["request_id"] == headers["x-request-id"] for _, headers, body in said)
+        refused = refusals(small)
+        assert sum(e["count"] for e in refused) == 41 and all(e["reason"] == "overloaded" and e["actor"] == "local" for e in refused)
+        assert {e["request"] for e in refused} >= {headers["x-request-id"] for _, headers, _ in said}
+        wait_for(lambda: small.alive(PNG))
+    finally:
+        assert small.stop() == 0
+
+
+def refusals(running):
+    lines = [{"count": 1} | json.loads(line)["e"] for line in (running.settings.folder / "audit.jsonl").read_text().splitlines()]
+    return [e for e in lines if e.get("status") == 429]
+
+
+def asked(key, body):
+    return f"POST /v1/predict HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def whole(connection):
+    """One answer from a connection: status, headers, body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *rows = head.decode().split("\r\n")
+    headers = dict(row.lower().split(": ", 1) for row in rows)
+    while len(body) < int(headers["content-length"]):
+        body += connection.recv(65536)
+    return int(first.split()[1]), headers, body
+
+
+def wait_for(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
 
 
 def test_what_was_accepted_is_answered_after_sigterm(bundle, tmp_path):
