@@ -442,11 +442,11 @@ class _Measured(_Clocked):
             self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
 
-# %% ../../nbs/deployment/06g_front.ipynb #410553ec
+# %% ../../nbs/deployment/06g_front.ipynb #5ab22bc6
 class _Offering(_Measured):
-    """Offers a request, as far as it is here, to `app.quick(cycle, usual)` before it gets a task."""
+    """Offers a request to `app.quick(cycle, usual)` before it gets a task: when it is whole, or has kept us waiting, or is large."""
 
-    _held, _feeding = None, False
+    _held, _feeding, _patience = None, False, None
 
     def _start_asgi_task(self, cycle, app):
         if self._feeding and hasattr(app, "quick") and not self.flow.write_paused:
@@ -458,11 +458,30 @@ class _Offering(_Measured):
         self._feeding = True
         super().data_received(data)
         self._feeding = False
-        if self._held is not None:
-            (cycle, app), self._held = self._held, None
-            usual = functools.partial(super()._start_asgi_task, cycle, app)
-            if cycle.disconnected or not app.quick(cycle, usual):
-                usual()
+        if self._held is None:
+            return
+        if not self._held[0].more_body or not _soon_here(self._held[0]):
+            self._offer()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(_PATIENCE_S, self._offer)
+
+    def _offer(self):
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        (cycle, app), self._held = self._held, None
+        usual = functools.partial(super()._start_asgi_task, cycle, app)
+        if cycle.disconnected or not app.quick(cycle, usual):
+            usual()
+
+
+_PATIENCE_S, _SMALL_BODY = 0.05, 64 << 10
+
+
+def _soon_here(cycle):
+    """Whether the rest of the body should be on its way: a small one, and the sender does not wait for a word."""
+    stated = header(cycle.scope, b"content-length")
+    return len(stated) < 6 and stated.isdecimal() and int(stated) <= _SMALL_BODY and not cycle.waiting_for_100_continue
 
 
 def reply_now(cycle, headers: bytes, body: bytes, *, status: bytes = b"200 OK") -> None:
