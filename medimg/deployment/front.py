@@ -442,7 +442,7 @@ class _Measured(_Clocked):
             self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
 
-# %% ../../nbs/deployment/06g_front.ipynb #5ab22bc6
+# %% ../../nbs/deployment/06g_front.ipynb #ef0178d8
 class _Offering(_Measured):
     """Offers a request to `app.quick(cycle, usual)` before it gets a task: when it is whole, or has kept us waiting, or is large."""
 
@@ -474,7 +474,7 @@ class _Offering(_Measured):
         if cycle.disconnected or not app.quick(cycle, usual):
             usual()
 
-
+# %% ../../nbs/deployment/06g_front.ipynb #81ab8059
 _PATIENCE_S, _SMALL_BODY = 0.05, 64 << 10
 
 

@@ -204,7 +204,7 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     return Finding("region that moved the score", "evidence-region", score=round(share, 4), box_yx=(y, x, y + h, x + w),
                    note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease")
 
-# %% ../../nbs/deployment/03_predict.ipynb #2c7c87b6
+# %% ../../nbs/deployment/03_predict.ipynb #b88a5e25
 def answer(bundle: Bundle, study: Study) -> Prediction:
     """The record for one study.
 
@@ -268,7 +268,7 @@ def answer_together(bundle: Bundle, studies: Sequence) -> list:
     rows = dict(zip(fits, _run(bundle, [studies[k].image for k in fits]))) if fits else {}
     return [_one(bundle, study, *saw, rows.get(k), started) for k, (study, saw) in enumerate(zip(studies, seen))]
 
-
+# %% ../../nbs/deployment/03_predict.ipynb #8bc6b2c1
 def _misfit(study, manifest):
     """Why the picture cannot go through the network, or None."""
     try:
@@ -310,7 +310,7 @@ def _located(bundle, study, reasons, warnings, started):
     unfamiliar = () if bundle.manifest["ood"] else ("this model has no check for unfamiliar images",)
     return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), ood=ood, started=started, volume=study.volume, **found)
 
-# %% ../../nbs/deployment/03_predict.ipynb #46836fd1
+# %% ../../nbs/deployment/03_predict.ipynb #61fa3de5
 _NOTE = "probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease"
 _EMPTY = "no class fits as well as in {share} of the {on} images: read it as unknown"
 _MANY = "{names} cannot be told apart where the set shall hold the true class in {share} of patients"
@@ -337,7 +337,7 @@ def _through(bundle, images):
     parts = [bundle.run(images[i:i + step]) for i in range(0, len(images), step)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
-
+# %% ../../nbs/deployment/03_predict.ipynb #63a1bd28
 def _judge(bundle, row, study):
     names, p, cuts, k = bundle.classes, row["p"], bundle.manifest["thresholds"], row["best"]
     if bundle.task == "binary":

@@ -277,27 +277,9 @@ class _Line:
             asyncio.get_running_loop().call_soon(self._turn)
         line.append(entry)
 
-# %% ../../nbs/deployment/06_service.ipynb #c35757c3
-class _Quick(_Line):
-    """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
-
-    def _turn(self):
-        most = self.state.settings.batch
-        taken, self.waiting, refused, self.refused = self.waiting[:most], self.waiting[most:], self.refused, []
-        if self.waiting:
-            asyncio.get_running_loop().call_soon(self._turn)
-        handler, done, events = self.state.handler, [], []
-        for (cycle, _, at), record in zip(taken, handler.batchers[handler.default].now([study for _, study, _ in taken]) if taken else ()):
-            if isinstance(record, Exception):
-                self._hand_back(at)
-            else:
-                at["records"] = [record]
-                done.append((cycle, at, record.status, record_json(record)))
-                events.append(_event(self.app, cycle.scope, at))
-        groups = _alike(refused)
-        events += [_event(self.app, group[0][0].scope, group[0][1]) | {"reason": "overloaded", "count": len(group)} for group in groups]
-        if events:
-            self.state.auditor.note(events, functools.partial(self._written, done, groups))
+# %% ../../nbs/deployment/06_service.ipynb #60c4c90a
+class _Sent(_Line):
+    """What leaves once it is in the log."""
 
     def _hand_back(self, at):
         self.state.handler.gate.change(-1, -at["size"])
@@ -323,7 +305,29 @@ class _Quick(_Line):
                 reply_now(cycle, lines, body, status=b"429 Too Many Requests")
                 handler.metrics.request("predict", 429, time.perf_counter() - at["start"])
 
+# %% ../../nbs/deployment/06_service.ipynb #f6c6493b
+class _Quick(_Sent):
+    """Plain pictures for the default bundle, answered without tasks; see `front.Protocol`."""
 
+    def _turn(self):
+        most = self.state.settings.batch
+        taken, self.waiting, refused, self.refused = self.waiting[:most], self.waiting[most:], self.refused, []
+        if self.waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
+        handler, done, events = self.state.handler, [], []
+        for (cycle, _, at), record in zip(taken, handler.batchers[handler.default].now([study for _, study, _ in taken]) if taken else ()):
+            if isinstance(record, Exception):
+                self._hand_back(at)
+            else:
+                at["records"] = [record]
+                done.append((cycle, at, record.status, record_json(record)))
+                events.append(_event(self.app, cycle.scope, at))
+        groups = _alike(refused)
+        events += [_event(self.app, group[0][0].scope, group[0][1]) | {"reason": "overloaded", "count": len(group)} for group in groups]
+        if events:
+            self.state.auditor.note(events, functools.partial(self._written, done, groups))
+
+# %% ../../nbs/deployment/06_service.ipynb #b60afbbd
 def _alike(refused):
     """Those of one client and key together, each a (cycle, facts)."""
     groups = {}
