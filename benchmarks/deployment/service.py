@@ -200,14 +200,33 @@ def one_bundle(name, path, side, folder, given):
         row["statuses"] = counted(service)
     finally:
         service.stop()
-    service = Running(_new(folder / f"{name}-2"), bundle=path, threads=1, audit=given.audit, workers=2)
+    row["png, 2 workers"] = two_workers(_new(folder / f"{name}-2"), path, kinds["png"], alone, (8,) if few else (1, 8, 64), given.seconds, given.audit)
+    if side == 28 and not few:
+        row["png, 2 workers, log after the answer"] = two_workers(_new(folder / f"{name}-after"), path, kinds["png"], alone, (8, 64), given.seconds, "after")
+    return row
+
+
+def two_workers(folder, path, body, alone, clients, seconds, audit):
+    """Rows of a service of two worker processes, one thread each."""
+    service = Running(folder, bundle=path, threads=1, audit=audit, workers=2)
     try:
-        first_answer(service, kinds["png"])
-        wrk(service, kinds["png"], 8, 1, folder)
-        row["png, 2 workers"] = shared([wrk(service, kinds["png"], c, given.seconds, folder) for c in ((8,) if few else (1, 8, 64))], alone, 2)
+        first_answer(service, body)
+        wrk(service, body, 8, 1, folder)
+        return shared([wrk(service, body, c, seconds, folder) for c in clients], alone, 2)
     finally:
         service.stop()
-    return row
+
+
+def disk(folder, n=200):
+    """Milliseconds until a line is on the disk (write and fsync): nothing that is logged before it is answered can be faster."""
+    took = []
+    with open(folder / "line", "ab", buffering=0) as file:
+        for _ in range(n):
+            start = time.perf_counter()
+            file.write(b"x" * 400)
+            os.fsync(file.fileno())
+            took.append(1000 * (time.perf_counter() - start))
+    return {"p50_ms": round(float(np.percentile(took, 50)), 2), "p99_ms": round(float(np.percentile(took, 99)), 2)}
 
 
 def _new(folder):
@@ -236,6 +255,7 @@ def main(argv=None):
              "client": "wrk, 1 thread, loopback, same processors; overload: benchmarks/asker.py", "bundles": {}, "overload": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        found["machine"]["write and fsync of a line"] = disk(folder)
         todo = {"28 px (pneumonia)": ("pneumonia", 28)} | {f"224 px (ResNet, width {w})": (bundle_224(folder, w), 224) for w in ((16,) if given.quick else (16, 32))}
         for k, (name, (path, side)) in enumerate(todo.items()):
             found["bundles"][name] = row = one_bundle(str(k), path, side, folder, given)

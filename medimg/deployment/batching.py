@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #47289bbe
+# %% ../../nbs/deployment/06c_batching.ipynb #47b1527c
 import asyncio
 import collections
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from .predict import answer_together
-from ..errors import MedimgError, ServiceError
+from ..errors import ServiceError
 
 # %% ../../nbs/deployment/06c_batching.ipynb #88e50e4d
 class Overloaded(ServiceError):
