@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #47b1527c
+# %% ../../nbs/deployment/06c_batching.ipynb #35933788
 import asyncio
 import collections
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from .predict import answer_together
+from .predict import _at_once, answer_together
 from ..errors import ServiceError
 
 # %% ../../nbs/deployment/06c_batching.ipynb #88e50e4d
@@ -22,12 +22,12 @@ class Overloaded(ServiceError):
 class Late(ServiceError):
     """The answer was not ready in time (HTTP 503)."""
 
-# %% ../../nbs/deployment/06c_batching.ipynb #1c8206c3
+# %% ../../nbs/deployment/06c_batching.ipynb #9860a52d
 class _Line:
     def __init__(self, bundle, *, most: int = 64, queue: int = 256, inline_ms: float = 2.0):
         self.bundle, self.most, self.queue = bundle, most, queue
         self.waiting, self.runs, self.answered, self._line, self._busy, self._closed = 0, 0, 0, collections.deque(), False, False
-        self.warm_ms = _warm(bundle)
+        self.warm_ms = _warm(bundle, most)
         self._thread = None if self.warm_ms < inline_ms else ThreadPoolExecutor(1, thread_name_prefix=f"bundle-{bundle.name}")
 
     async def ask(self, study, *, deadline_s: float = 30.0):
@@ -114,7 +114,7 @@ class Batcher(_Line):
         if self._thread is not None:
             self._thread.shutdown()
 
-# %% ../../nbs/deployment/06c_batching.ipynb #89b17734
+# %% ../../nbs/deployment/06c_batching.ipynb #be9c438e
 def _expire(future, deadline_s):
     if not future.done():
         future.set_exception(Late(f"no answer within {deadline_s:g} s", remedy="ask again later"))
@@ -130,8 +130,8 @@ def _safely(bundle, studies):
     return [_safely(bundle, [study])[0] for study in studies]
 
 
-def _warm(bundle):
-    """Milliseconds that one picture takes, the best of five; opens the network."""
+def _warm(bundle, most):
+    """Milliseconds that one picture takes, the best of five; opens the network, and lets it take the memory for as many as will come together, which is slow only once."""
     import numpy as np
     shape = [s or 16 for s in bundle.engine.input_shape]
     batch, took = np.zeros((1, *shape), np.float32), []
@@ -139,6 +139,8 @@ def _warm(bundle):
         start = time.perf_counter()
         bundle.engine.run(batch)
         took.append(time.perf_counter() - start)
+    if len(shape) == 3:
+        bundle.engine.run(np.zeros((min(most, _at_once(bundle)), *shape), np.float32))
     for part in ("preprocessor", "reference", "calibration"):
         getattr(bundle, part)                        # cached on first use
     return min(took) * 1000

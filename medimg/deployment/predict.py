@@ -310,7 +310,7 @@ def _located(bundle, study, reasons, warnings, started):
     unfamiliar = () if bundle.manifest["ood"] else ("this model has no check for unfamiliar images",)
     return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), ood=ood, started=started, volume=study.volume, **found)
 
-# %% ../../nbs/deployment/03_predict.ipynb #61fa3de5
+# %% ../../nbs/deployment/03_predict.ipynb #2d1a6e75
 _NOTE = "probability calibrated by {how} on {n} {on} images; it holds for patients like those, at the same share of disease"
 _EMPTY = "no class fits as well as in {share} of the {on} images: read it as unknown"
 _MANY = "{names} cannot be told apart where the set shall hold the true class in {share} of patients"
@@ -330,10 +330,15 @@ def _run(bundle, images):
     return [{**row, "cam": cam} for row, cam in zip(rows, out["cam"])] if "cam" in out else rows
 
 
-def _through(bundle, images):
-    """The network's outputs for all pictures, so many at a time as the processor's cache holds: beyond that each of them takes longer, not shorter."""
+def _at_once(bundle):
+    """How many pictures go through the network together: as many as the processor's cache holds, for beyond that each of them takes longer."""
     height, width = bundle.manifest["input"]["shape"][:2]
-    step = max(1, _CACHED // (height * width))
+    return max(1, _CACHED // (height * width))
+
+
+def _through(bundle, images):
+    """The network's outputs for all pictures."""
+    step = _at_once(bundle)
     parts = [bundle.run(images[i:i + step]) for i in range(0, len(images), step)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
