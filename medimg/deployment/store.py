@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_VERSION', 'MAX_INSTANCE_BYTES', 'MAX_COMMENT', 'MAX_FINDINGS_BYTES', 'VERDICTS', 'Conflict', 'StoreFull',
-           'check_uid', 'Store', 'verify', 'faults', 'export_labels']
+           'check_uid', 'Store', 'verify', 'faults', 'export_labels', 'verdicts']
 
 # %% ../../nbs/deployment/06a_store.ipynb #ebf88573
 import contextlib
@@ -838,3 +838,36 @@ def _pseudonym(store, result_id):
     who = study["patient_id"] if study and study["patient_id"] else result["study_uid"] or f"result {result_id}"
     secret = store._has("facts", "name", "pseudonym_key")["value"]
     return hmac.new(bytes.fromhex(secret), who.encode(), "sha256").hexdigest()[:16]
+
+# %% ../../nbs/deployment/06a_store.ipynb #dd4c42ba
+def verdicts(store: Store) -> list:
+    """What the readers said, each verdict beside the answer it is about, oldest first.
+
+    Parameters
+    ----------
+    store : Store
+        With labels.
+
+    Returns
+    -------
+    list of dict
+        `label_id`, `result_id`, `model` and `version` (of the answer; None without a model), `answer` (the model's label), `verdict`, `label`, `user`, `comment`, `findings`, `created`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from medimg.deployment.prediction import Prediction
+    >>> store = Store(tempfile.mkdtemp())
+    >>> number = store.add_label(store.add_result(Prediction("answered", "a.png", classes=("no", "yes"), label="yes")), user="dr.lee", verdict="disagree", label="no")
+    >>> [(row["answer"], row["verdict"], row["label"]) for row in verdicts(store)]
+    [('yes', 'disagree', 'no')]
+    """
+    labels = store.labels()
+    kept = {number: store.result(number)["record"] for number in {row["result_id"] for row in labels}}
+    return [{"label_id": row["id"], "result_id": row["result_id"], **_asked(kept[row["result_id"]]), **{k: row[k] for k in ("verdict", "label", "user", "comment", "findings", "created")}}
+            for row in labels]
+
+
+def _asked(record):
+    model = record["model"] or {}
+    return {"model": model.get("name"), "version": model.get("version"), "answer": record["label"]}
