@@ -13,7 +13,7 @@ from medimg.data import scans
 from medimg.data.phantom_cohort import phantom_cohort
 from medimg.data.volume import Volume
 from medimg.deployment.arrivals import Arrivals, group_of, watch
-from medimg.deployment.bundle import Bundle, inspect, toy_bundle, toy_images, verify
+from medimg.deployment.bundle import Bundle, build_bundle, inspect, toy_bundle, toy_images, verify
 from medimg.deployment.intake import Study, find_studies
 from medimg.deployment.located import fold_answers, mask_of, marks_of, toy_outliner
 from medimg.deployment.manifest import ANSWERS, check_manifest, example_manifest
@@ -56,6 +56,27 @@ def test_the_second_network_belongs_to_the_bundle(nodules, tmp_path):
     with pytest.raises(SignatureError, match="second.onnx"):
         Bundle.load(copy, verify=False)
     assert "second.onnx" in inspect("phantom-nodules")["sizes"] and verify("phantom-nodules")["parts_opened"] == 5
+
+
+def test_the_second_network_is_exported_and_compared_like_the_first(nodules, tmp_path, monkeypatch):
+    """A Keras second look gives a bundle whose second graph answers as Keras does; a graph that answers otherwise is refused."""
+    keras = pytest.importorskip("keras", reason='pip install "medimg[train]"')
+    import medimg.deployment.engine as engine
+    from medimg.models.candidates import candidate_net
+    keras.utils.set_random_seed(0)
+    judges = [candidate_net((9, 9, 9, 2), 1 + len(nodules.classes), width=4) for _ in range(2)]
+    facts = {k: nodules.manifest[k] for k in ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")}
+    facts |= {"answer": {**nodules.manifest["answer"], "cube": 9}, "preprocessor": nodules.preprocessor, "reference": None, "calibration": nodules.calibration, "training_ids": ["0" * 16]}
+    made = build_bundle(tmp_path / "made", model=nodules.path / "model.onnx", second=judges[0], sign=False, **facts)
+    x = np.random.default_rng(3).random((5, 9, 9, 9, 2), dtype="float32")
+    assert np.allclose(made.second.run(x)["logits"], np.asarray(judges[0](x, training=False)), atol=1e-4)
+    again = build_bundle(tmp_path / "again", model=nodules.path / "model.onnx", second=(made.path / "second.onnx").read_bytes(), sign=False, **facts)
+    assert again.digest == made.digest
+    export = engine.export_onnx
+    monkeypatch.setattr(engine, "export_onnx", lambda model, path: export(judges[1], path))
+    with pytest.raises(BundleError, match="differs from Keras"):
+        build_bundle(tmp_path / "wrong", model=nodules.path / "model.onnx", second=judges[0], sign=False, **facts)
+    assert not (tmp_path / "wrong").exists()
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------------
