@@ -22,7 +22,8 @@ from medimg.deployment.prediction import STUDY_FIELDS, Finding, Prediction
 from medimg.deployment.review import LocalAuth, SessionAuth, create_review_app, router
 from medimg.deployment.showcase import fill_store
 from medimg.deployment.slices import SliceCache, picture_pixels, pixels_of, place_of, stored_values
-from medimg.deployment.store import Store, export_labels
+from medimg.deployment.store import Store
+from medimg.deployment.upkeep import export_labels
 from medimg.deployment.worklist import _catalogue, band, order, rows_of
 from medimg.errors import MedimgError
 

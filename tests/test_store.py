@@ -20,7 +20,8 @@ from pydicom.data import get_testdata_file
 
 from medimg.data.imports import import_folder
 from medimg.deployment.prediction import STUDY_FIELDS, Prediction
-from medimg.deployment.store import Conflict, Store, StoreFull, check_uid, export_labels, faults, verdicts, verify
+from medimg.deployment.store import Conflict, Store, StoreFull, check_uid
+from medimg.deployment.upkeep import export_labels, faults, verdicts, verify
 from medimg.errors import ConfigError, DicomError, MedimgError, ServiceError
 
 
