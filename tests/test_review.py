@@ -18,8 +18,9 @@ from pydicom.data import get_testdata_file
 
 import nbchecks as checks
 from medimg.data.phantom import thorax_phantom
+from medimg.deployment.page_auth import LocalAuth, SessionAuth
 from medimg.deployment.prediction import STUDY_FIELDS, Finding, Prediction
-from medimg.deployment.review import LocalAuth, SessionAuth, create_review_app, router
+from medimg.deployment.review import create_review_app, router
 from medimg.deployment.showcase import fill_store
 from medimg.deployment.slices import SliceCache, picture_pixels, pixels_of, place_of, stored_values
 from medimg.deployment.store import Store
