@@ -211,7 +211,7 @@ def test_both_languages_say_the_same():
     for key, (english, chinese) in _catalogue()["words"].items():
         assert sorted(re.findall(r"\{(\w+)\}", english)) == sorted(re.findall(r"\{(\w+)\}", chinese)), key
     used = {k for p in (checks.ROOT / "medimg/deployment/web").glob("review_*.j2") for k in re.findall(r'say\("(\w[\w ]*)"', p.read_text())}
-    used |= set(re.findall(r'say\("(\w+)"', Path(checks.ROOT / "medimg/deployment/review.py").read_text() + Path(checks.ROOT / "medimg/deployment/worklist.py").read_text()))
+    used |= set(re.findall(r'say\("(\w+)"', "".join((checks.ROOT / f"medimg/deployment/{name}.py").read_text() for name in ("review", "page_view", "worklist"))))
     assert used <= {*_catalogue()["words"], "outline", "band_", "v_", "order_", "fact_", "job_"} and not any(ord(c) > 0x2E80 for english, _ in _catalogue()["words"].values() for c in english.replace("中文", ""))
 
 
