@@ -114,7 +114,7 @@ def train(dataset, *, out, model: str | None = None, model_options: dict | None 
     _note_data(out, dataset.meta.get("loaded"))
     return run
 
-# %% ../nbs/foundations/api.ipynb #26a56cbe
+# %% ../nbs/foundations/api.ipynb #b70fa4b3
 def _training_data(dataset, recipe, profile, data, n, *, quiet):
     """The images by name or as given, as many as recipe and profile allow, without those that occur in a later fold."""
     from medimg.data.datasets import drop_shared
@@ -139,9 +139,12 @@ def _load(name, data, n, *, seed=0, quiet=True):
     import sys
 
     from medimg.data.datasets import load_dataset
+    from medimg.data.registry import dataset_info
     from medimg.data.scans import MADE_HERE, load_scans
     if name in MADE_HERE:
         return load_scans(name, n=n)
+    if data == "auto" and dataset_info(name).kind not in ("npz", "derived", "made"):
+        data = "real"            # no stand-in for what is no array: the error says what to do with the folder
     dataset = load_dataset(name, data=data, n=n, seed=seed, quiet=quiet)
     stands_in = bool(dataset.meta.get("stand_in_for"))
     if stands_in and data == "auto":

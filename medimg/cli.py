@@ -879,7 +879,7 @@ def audit_rotate(log: Path, head: Annotated[Path | None, typer.Option(help="The 
     AuditLog(log, _audit_key(log, "AUDIT_KEY_OLD"), head=head).rotate(_audit_key(log))
     typer.echo("the log goes on with the new key")
 
-# %% ../nbs/foundations/cli.ipynb #e4386c68
+# %% ../nbs/foundations/cli.ipynb #a2332b54
 store_app = typer.Typer(no_args_is_help=True, help="The folder of a service: verify, labels.")
 app.add_typer(store_app, name="store")
 KeptFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a service, with store.sqlite3 in it.")]
@@ -896,34 +896,27 @@ def _kept(folder):
 @store_app.command("verify")
 def store_verify(folder: KeptFolder, as_json: AsJson = False):
     """Read everything again: instances and arrays there and unchanged, no file without a row, rows that agree. A line for each fault; exit code 1 when there is one."""
-    from medimg.deployment.store import faults, verify
+    from medimg.deployment.upkeep import faults, verify
     report = verify(_kept(folder))
     found = faults(report)
     _say({**report, "ok": not found}, "\n".join([*found, f"{report['checked']} instances, {len(found)} faults"]), as_json)
     raise typer.Exit(1 if found else 0)
 
-# %% ../nbs/foundations/cli.ipynb #a1b138fc
+# %% ../nbs/foundations/cli.ipynb #029510fb
 @store_app.command("labels")
 def store_labels(folder: KeptFolder, out: Annotated[Path, typer.Option(help="A new folder: pictures by class and patients.csv, for medimg update. NAME.csv or NAME.json: the table of all verdicts.")],
                  as_json: AsJson = False):
     """Take out what the readers said: agreed, disagreed, edited."""
-    from medimg.deployment.store import export_labels
+    from medimg.deployment.upkeep import export_labels, verdicts
     store = _kept(folder)
     if out.suffix.lower() in (".csv", ".json"):
-        rows = _verdicts(store)
+        rows = verdicts(store)
         _write_table(rows, out)
         return _say({"labels": len(rows), "written": str(out)}, f"{len(rows)} verdicts: {out}", as_json)
     done = export_labels(store, out)
     lines = [f"{n} {label}" for label, n in sorted(done["images"].items())] + [f"left out: result {number} ({why})" for number, why in done["left_out"].items()]
     said = f"next: medimg update BUNDLE --with {out} --patients {out / 'patients.csv'} --out NEW" if done["images"] else "nothing was labelled"
     return _say({**done, "written": str(out)}, "\n".join([*lines, said]), as_json)
-
-
-def _verdicts(store):
-    kept = {row["id"]: row["record"] for row in store.results(limit=1 << 31)}
-    model = {number: record["model"] or {} for number, record in kept.items()}
-    return [{"label_id": row["id"], "result_id": (number := row["result_id"]), "model": model[number].get("name"), "version": model[number].get("version"), "answer": kept[number]["label"],
-             **{k: row[k] for k in ("verdict", "label", "user", "comment", "findings", "created")}} for row in store.labels()]
 
 
 def _write_table(rows, out):

@@ -47,6 +47,14 @@ def test_a_fall_back_to_phantoms_is_said_on_stderr(no_data, capsys, monkeypatch)
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name, remedy", [("busi", "fetch"), ("rsna-pneumonia", "import_rsna"), ("lidc-idri", "series by series")])
+def test_a_set_that_is_no_array_has_no_stand_in(name, remedy, no_data, capsys, tmp_path):
+    """A folder of files can never be loaded by name: neither phantoms in its place nor advice to look for it."""
+    with pytest.raises(DatasetError, match=f"{name} is a folder of files, not one array; .*{remedy}"):
+        api.train(name, out=tmp_path / "run", profile="ci", progress=False)
+    assert capsys.readouterr().err == "" and api._load(name, "phantom", 20).meta["stand_in_for"] == name
+
+
 def test_evaluate_loads_the_images_of_the_run(run, tmp_path):
     result = api.evaluate(run, split="val", n_boot=50, progress=False)
     assert result["same_data"] is True and "not the images" not in metrics_text(result)

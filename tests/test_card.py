@@ -117,6 +117,7 @@ def test_worst_errors_are_the_worst(judged):
     true, wrong = np.where(dataset.labels == 1, p, 1 - p), (p >= 0.55) != dataset.labels
     worst = sorted((true[i], dataset.image_ids[i][:12]) for i in np.flatnonzero(wrong))[:12]
     assert [(row[3], row[0]) for row in next(s for s in card["sections"] if s["key"] == "errors")["tables"][0]["rows"]] == [(tidy(t), name) for t, name in worst]
+    assert next(s for s in card["sections"] if s["key"] == "errors")["reading"][0].startswith(f"{wrong.sum()} of {len(p)} answers are wrong; the {len(worst)} in which")
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "detection"])
@@ -352,6 +353,9 @@ def test_several_findings_are_judged_where_they_are_known(tmp_path):
     result = medimg.evaluate(file, dataset, n_boot=60, log=tmp_path / "log", card=tmp_path / "out", progress=False)
     card, _ = same(tmp_path / "out")
     assert [s["key"] for s in card["sections"]] == ["skill", "meaning", "whom", "errors", "sheet"] and "hernia" in card["warnings"][0]
+    known, worst = ~np.isnan(dataset.labels), next(s for s in card["sections"] if s["key"] == "errors")
+    assert worst["reading"][0].startswith(f"{(known & ((p >= cuts) != (dataset.labels == 1))).sum()} of {known.sum()} known answers are wrong; the 12 in which")
+    assert worst["tables"][0]["columns"] == ["case", "finding", "truth", "probability of the truth"]
     rows = {row[0]: row for row in card["sections"][0]["tables"][1]["rows"]}
     for c, name in enumerate(dataset.classes):
         known = ~np.isnan(dataset.labels[:, c])

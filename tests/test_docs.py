@@ -63,11 +63,21 @@ def test_site_settings():
     assert checks.quarto_filter.repo_url() == f"{REPO}/blob/{QUARTO['website']['repo-branch']}"
 
 
+def needed(page):
+    """The chapters that a chapter's head says you need."""
+    prose = "\n".join(c.source for c in checks.nbtool.read(ROOT / page).cells if c.cell_type == "markdown")
+    head = re.search(r"^\| You need \|.*\n\|[-|]+\|\n\| (.*?) \|", prose, re.M)
+    return [label((ROOT / page).parent.joinpath(link).resolve()) for link in re.findall(r"\(([^)#]*\.ipynb)", head[1])] if head else []
+
+
 def test_sidebar_follows_the_reading_order():
+    """Numbers rise; of the pages of one number, which are one chapter, each comes after those that it needs. (`01a` may come before `01`.)"""
     pages = [n for n in named(QUARTO["website"]["sidebar"]) if re.search(r"/\d\d[a-z]?_", n)]
-    for folder in {p.rsplit("/", 1)[0] for p in pages}:
-        here = [p for p in pages if p.startswith(folder + "/")]
-        assert here == sorted(here)
+    place = {(page.rsplit("/", 1)[0], int(page.rsplit("/", 1)[1][:2])): [] for page in pages}
+    for page in pages:
+        place[page.rsplit("/", 1)[0], int(page.rsplit("/", 1)[1][:2])].append(page)
+    assert [page for chapter in place.values() for page in chapter] == pages and list(place) == sorted(place, key=lambda k: ([f for f, _ in place].index(k[0]), k[1]))
+    same([f"{page} is listed before {other}, which it needs" for chapter in place.values() for k, page in enumerate(chapter) for other in needed(page) if other in chapter[k + 1:]])
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,11 +13,12 @@ from medimg.data import scans
 from medimg.data.phantom_cohort import phantom_cohort
 from medimg.data.volume import Volume
 from medimg.deployment.arrivals import Arrivals, group_of, watch
-from medimg.deployment.bundle import Bundle, inspect, toy_bundle, toy_images, verify
+from medimg.deployment.bundle import Bundle, build_bundle, inspect, toy_bundle, toy_images, verify
 from medimg.deployment.intake import Study, find_studies
 from medimg.deployment.located import fold_answers, mask_of, marks_of, toy_outliner
 from medimg.deployment.manifest import ANSWERS, check_manifest, example_manifest
 from medimg.deployment.predict import answer
+from medimg.deployment.study import with_prior
 from medimg.errors import BundleError, ConfigError, DatasetError, SignatureError
 
 BRIGHT = np.pad(np.full((20, 30), 200, "uint8"), 10)
@@ -54,6 +56,27 @@ def test_the_second_network_belongs_to_the_bundle(nodules, tmp_path):
     with pytest.raises(SignatureError, match="second.onnx"):
         Bundle.load(copy, verify=False)
     assert "second.onnx" in inspect("phantom-nodules")["sizes"] and verify("phantom-nodules")["parts_opened"] == 5
+
+
+def test_the_second_network_is_exported_and_compared_like_the_first(nodules, tmp_path, monkeypatch):
+    """A Keras second look gives a bundle whose second graph answers as Keras does; a graph that answers otherwise is refused."""
+    keras = pytest.importorskip("keras", reason='pip install "medimg[train]"')
+    import medimg.deployment.engine as engine
+    from medimg.models.candidates import candidate_net
+    keras.utils.set_random_seed(0)
+    judges = [candidate_net((9, 9, 9, 2), 1 + len(nodules.classes), width=4) for _ in range(2)]
+    facts = {k: nodules.manifest[k] for k in ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")}
+    facts |= {"answer": {**nodules.manifest["answer"], "cube": 9}, "preprocessor": nodules.preprocessor, "reference": None, "calibration": nodules.calibration, "training_ids": ["0" * 16]}
+    made = build_bundle(tmp_path / "made", model=nodules.path / "model.onnx", second=judges[0], sign=False, **facts)
+    x = np.random.default_rng(3).random((5, 9, 9, 9, 2), dtype="float32")
+    assert np.allclose(made.second.run(x)["logits"], np.asarray(judges[0](x, training=False)), atol=1e-4)
+    again = build_bundle(tmp_path / "again", model=nodules.path / "model.onnx", second=(made.path / "second.onnx").read_bytes(), sign=False, **facts)
+    assert again.digest == made.digest
+    export = engine.export_onnx
+    monkeypatch.setattr(engine, "export_onnx", lambda model, path: export(judges[1], path))
+    with pytest.raises(BundleError, match="differs from Keras"):
+        build_bundle(tmp_path / "wrong", model=nodules.path / "model.onnx", second=judges[0], sign=False, **facts)
+    assert not (tmp_path / "wrong").exists()
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------------
@@ -108,6 +131,20 @@ def test_a_planted_nodule_is_found_typed_placed_and_on_its_slice(nodules, patien
     assert found.status == "answered" and len(near) == 1
     assert near[0].type == "solid" and abs(near[0].mean_diameter_mm - big.diameter_mm) < 2 and near[0].side == big.side
     assert near[0].slice == round(float(case.volume.index(big.centroid_mm)[0])) and [f.score for f in found.findings] == sorted((f.score for f in found.findings), reverse=True)
+
+
+def test_an_earlier_scan_is_laid_beside_without_seeking_the_lungs_again(nodules, patient, monkeypatch):
+    """The answer carries the middle of the lungs; one without it, as of a model that seeks everywhere, gets the same growth from its volume."""
+    scan = patient[1].volume
+    shifted = Volume(scan.array, scan.affine + np.outer([12.0, -7.0, 9.0, 0], [0, 0, 0, 1]), modality=scan.modality, units=scan.units)
+    now, before = (answer(nodules, Study(name, v.display()[40], {"modality": "CT", "study_date": day}, volume=v))
+                   for name, day, v in (("now", "2026-01-05", shifted), ("before", "2025-01-05", scan)))
+    assert np.allclose(np.subtract(now.lungs_mm, before.lungs_mm), (12, -7, 9), atol=0.5) and "lungs_mm" not in now.to_dict()
+    bare = [replace(one, lungs_mm=None) for one in (now, before)]
+    from_volumes = with_prior(*bare)
+    monkeypatch.setattr("medimg.data.lungs.segment_lungs", lambda volume: pytest.fail("the lungs were sought again"))
+    found = with_prior(now, before)
+    assert found.to_dict() == from_volumes.to_dict() and found.findings and {f.growth["relation"] for f in found.findings} == {"matched"}
 
 
 def test_marks_do_not_depend_on_the_order_of_axes(nodules, patient):

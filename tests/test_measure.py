@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from medimg.data.volume import Volume, make_affine
 from medimg.deployment.guidelines import guideline_named
-from medimg.deployment.measure import KINDS, lung_shift, match_nodules, measure_nodule, outline_nodule, slice_axes, volume_doubling_days, with_growth
+from medimg.deployment.measure import KINDS, lung_shift, lungs_middle, match_nodules, measure_nodule, outline_nodule, slice_axes, volume_doubling_days, with_growth
 from medimg.deployment.prediction import Finding, Prediction
 from medimg.deployment.recommend import change_since
 from medimg.errors import ConfigError, DatasetError
@@ -214,6 +214,7 @@ def test_shift_of_the_lungs():
     assert np.allclose(lung_shift(volume, moved, volume, lungs), (3 * 2.5, -1 * 2.5, 2 * 3.0))
     with pytest.raises(DatasetError):
         lung_shift(volume, lungs, volume, 0 * lungs)
+    assert np.allclose(lungs_middle(volume, moved), volume.world(np.argwhere(moved).mean(0)))
 
 
 # ---- the phantom's truth -------------------------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ from pydicom.data import get_testdata_file
 
 import nbchecks as checks
 from medimg.data.phantom import thorax_phantom
+from medimg.deployment.page_auth import LocalAuth, SessionAuth
 from medimg.deployment.prediction import STUDY_FIELDS, Finding, Prediction
-from medimg.deployment.review import LocalAuth, SessionAuth, create_review_app, router
+from medimg.deployment.review import create_review_app, router
 from medimg.deployment.showcase import fill_store
 from medimg.deployment.slices import SliceCache, picture_pixels, pixels_of, place_of, stored_values
-from medimg.deployment.store import Store, export_labels
+from medimg.deployment.store import Store
+from medimg.deployment.upkeep import export_labels
 from medimg.deployment.worklist import _catalogue, band, order, rows_of
 from medimg.errors import MedimgError
 
@@ -209,7 +211,7 @@ def test_both_languages_say_the_same():
     for key, (english, chinese) in _catalogue()["words"].items():
         assert sorted(re.findall(r"\{(\w+)\}", english)) == sorted(re.findall(r"\{(\w+)\}", chinese)), key
     used = {k for p in (checks.ROOT / "medimg/deployment/web").glob("review_*.j2") for k in re.findall(r'say\("(\w[\w ]*)"', p.read_text())}
-    used |= set(re.findall(r'say\("(\w+)"', Path(checks.ROOT / "medimg/deployment/review.py").read_text() + Path(checks.ROOT / "medimg/deployment/worklist.py").read_text()))
+    used |= set(re.findall(r'say\("(\w+)"', "".join((checks.ROOT / f"medimg/deployment/{name}.py").read_text() for name in ("review", "page_view", "worklist"))))
     assert used <= {*_catalogue()["words"], "outline", "band_", "v_", "order_", "fact_", "job_"} and not any(ord(c) > 0x2E80 for english, _ in _catalogue()["words"].values() for c in english.replace("中文", ""))
 
 

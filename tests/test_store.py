@@ -20,7 +20,8 @@ from pydicom.data import get_testdata_file
 
 from medimg.data.imports import import_folder
 from medimg.deployment.prediction import STUDY_FIELDS, Prediction
-from medimg.deployment.store import Conflict, Store, StoreFull, check_uid, export_labels, faults, verify
+from medimg.deployment.store import Conflict, Store, StoreFull, check_uid
+from medimg.deployment.upkeep import export_labels, faults, verdicts, verify
 from medimg.errors import ConfigError, DicomError, MedimgError, ServiceError
 
 
@@ -322,6 +323,17 @@ def test_export_is_a_data_set(store, tmp_path):
     assert len((tmp_path / "out" / "labels.jsonl").read_text().splitlines()) == len(store.labels())
     with pytest.raises(ConfigError, match="not empty"):
         export_labels(store, tmp_path / "out")
+
+
+def test_verdicts_stand_beside_their_answers(store):
+    """In the order in which they were given, also of answers between others and of answers without a model."""
+    model = {"version": "2", "digest": "0" * 64, "origin": "unsigned", "signature": None}
+    ids = [store.add_result(answered(model={"name": f"m{k}", **model} if k else None)) for k in range(3)]
+    for k in (2, 0, 2):
+        store.add_label(ids[k], user="a", verdict="disagree", label="normal", comment=str(k))
+    assert [(r["label_id"], r["result_id"], r["model"], r["version"], r["answer"], r["label"], r["comment"]) for r in verdicts(store)] == [
+        (1, ids[2], "m2", "2", "ill", "normal", "2"), (2, ids[0], None, None, "ill", "normal", "0"), (3, ids[2], "m2", "2", "ill", "normal", "2")]
+    assert verdicts(Store(store.folder.parent / "empty")) == []
 
 
 @pytest.mark.parametrize("name", ["../up", "/abs", ".hidden", "a\nb", "a\\b"])

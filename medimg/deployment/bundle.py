@@ -526,7 +526,7 @@ def calibrate(engine, preprocessor, dataset, *, calibration: dict | None = None,
     return {"calibration": fit, "thresholds": thresholds, "training_ids": list(train.image_ids),
             "reference": fit_reference(seen["features"], held["features"], quantile=quantile)}
 
-# %% ../../nbs/deployment/01_bundle.ipynb #5fc28fbb
+# %% ../../nbs/deployment/01_bundle.ipynb #953d4cdf
 _FACTS = ("name", "version", "classes", "task", "input", "population", "thresholds", "training", "metrics", "licence")
 
 
@@ -553,7 +553,7 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, coverage
     **facts
         The manifest's fields `name, version, classes, task, input, population, thresholds, training, metrics, licence`, and optionally
         `created` (ISO date), `licence_text`, `notes` (for the model card), `weights` (bytes of a `.keras` file, so that it can be trained further);
-        for segmentation and detection also `answer` (see `medimg.deployment.manifest.ANSWERS`) and `second` (the ONNX bytes of a second look).
+        for segmentation and detection also `answer` (see `medimg.deployment.manifest.ANSWERS`) and `second` (the network of a second look, as `model`).
 
     Returns
     -------
@@ -578,6 +578,8 @@ def build_bundle(out, *, model, preprocessor, dataset=None, batch=None, coverage
         found = calibrate(engine, preprocessor, dataset, calibration=facts.pop("calibration", None), coverage=coverage)
         facts = {**_dataset_facts(dataset), **found, **facts}
     _check_facts(facts)
+    if facts.get("second") is not None:
+        facts = {**facts, "second": _graph_of(facts["second"], None)[0]}
     files = _pack_files(graph, engine, preprocessor, facts, difference)
     if _can_sign() if sign is None else sign:
         files[trust.SIGNATURE_FILE] = trust.sign(files, name=facts["name"])

@@ -197,7 +197,7 @@ def marks_of(bundle, volume: Volume) -> Marks:
         found = judge(lambda x: bundle.second.run(x, chunk=32)["logits"], grid, found, kinds=bundle.classes, size=rule["cube"], weight=rule["weight"])
     return Marks(tuple(found), grid, lungs)
 
-# %% ../../nbs/deployment/03d_located.ipynb #f25bfe4f
+# %% ../../nbs/deployment/03d_located.ipynb #f1ecbf41
 _CALLED = "score is the network's own, from 0 to 1; it is not a probability. Called from {call:g} on, chosen on validation scans"
 
 
@@ -213,13 +213,15 @@ def marks_answer(bundle, volume: Volume) -> dict:
     Returns
     -------
     dict
-        `findings`, tuple of `Finding`; `mask`, array (z, y, x) uint8 on the voxels of `volume`, k + 1 inside finding k.
+        `findings`, tuple of `Finding`; `mask`, array (z, y, x) uint8 on the voxels of `volume`, k + 1 inside finding k; `lungs_mm`, the lungs' centre (x, y, z)
+        in mm, None where none were sought.
 
     Examples
     --------
     >>> marks_answer(bundle, volume)["findings"][0].type                                     # doctest: +SKIP
     'solid'
     """
+    from medimg.deployment.measure import lungs_middle
     marks, call = marks_of(bundle, volume), bundle.manifest["answer"]["call"]
     called, lungs = [one for one in marks.detections if one.score >= call][:MOST_FINDINGS], lungs_on(volume, marks)
     findings, mask = [], np.zeros(volume.shape, np.uint8)
@@ -227,7 +229,7 @@ def marks_answer(bundle, volume: Volume) -> dict:
         finding, inside = _measured(one, volume, lungs, call)
         mask[inside & (mask == 0)] = k + 1
         findings.append(finding)
-    return {"findings": tuple(findings), "mask": mask}
+    return {"findings": tuple(findings), "mask": mask, "lungs_mm": None if marks.lungs is None else lungs_middle(marks.grid, marks.lungs)}
 
 
 MOST_FINDINGS = 100

@@ -75,7 +75,7 @@ class Finding:
     solid_diameter_mm: float | None = None
     growth: dict | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #19a11cbb
+# %% ../../nbs/deployment/03a_prediction.ipynb #75b21de6
 @dataclass(frozen=True, kw_only=True)
 class _InMemory:
     """What an answer carries for reports and never writes down."""
@@ -84,8 +84,9 @@ class _InMemory:
     heat_map: np.ndarray | None = None
     volume: object | None = None
     mask: np.ndarray | None = None
+    lungs_mm: tuple | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #de9c0dd0
+# %% ../../nbs/deployment/03a_prediction.ipynb #dd03e9e6
 @dataclass(frozen=True)
 class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
@@ -129,6 +130,8 @@ class Prediction(_InMemory):
         The stack that was read, for reports; not part of the record on disk.
     mask : array (y, x) or (z, y, x), uint8, optional
         0 outside, k inside class k (segmentation) or finding k (detection), on the grid of `picture` or `volume`; not part of the record on disk.
+    lungs_mm : (X, Y, Z), optional
+        Centre of the lungs in world millimetres where the model looked for them, to lay an earlier scan beside this one; not part of the record on disk.
 
     Examples
     --------

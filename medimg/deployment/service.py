@@ -446,11 +446,11 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #a4ac03b1
+# %% ../../nbs/deployment/06_service.ipynb #19eb9882
 def _page_auth(settings, store, shared=None):
     """Users, sessions and the brake on guessing; the last two in a file of the folder `shared` when there are several workers."""
     from medimg.deployment.gate import peer_key
-    from medimg.deployment.review import SessionAuth
+    from medimg.deployment.page_auth import SessionAuth
     from medimg.deployment.sessions import LoginThrottle, Sessions, Users, sign_in
 
     class PageAuth(SessionAuth):

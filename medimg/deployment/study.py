@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['assess', 'finished', 'with_prior', 'write_visit']
 
-# %% ../../nbs/deployment/04b_study.ipynb #63b7f4a4
+# %% ../../nbs/deployment/04b_study.ipynb #f09f7bdf
 from dataclasses import replace
+
+import numpy as np
 
 from .bundle import Bundle
 from .predict import predict
@@ -90,14 +92,14 @@ def _earlier(bundle, prior):
         raise DatasetError(f"{len(found)} earlier scans that {bundle.name} can answer", remedy="give the files of one earlier CT, for a bundle that marks lesions")
     return found[0]
 
-# %% ../../nbs/deployment/04b_study.ipynb #0a67d146
+# %% ../../nbs/deployment/04b_study.ipynb #6d4b5cc2
 def with_prior(now, before, *, same_patient: bool = False):
     """A record with the growth of its findings since an earlier record of the same patient.
 
     Parameters
     ----------
     now, before : Prediction
-        Answered, with `volume` and findings.
+        Answered, with findings and `lungs_mm`, or else with `volume`.
     same_patient : bool
         The caller knows that both are of one patient; else a warning says where that could not be checked.
 
@@ -117,10 +119,9 @@ def with_prior(now, before, *, same_patient: bool = False):
     Traceback (most recent call last):
     medimg.errors.DatasetError: b: another patient than a; give an earlier scan of the same patient
     """
-    from medimg.deployment.measure import lung_shift, with_growth
+    from medimg.deployment.measure import with_growth
     days = _days_between(now, before)
-    scans = [(one.volume, _lungs(one.volume)) for one in (now, before)]
-    shift = lung_shift(*scans[0], *scans[1])
+    shift = np.subtract(*(one.lungs_mm or _lungs_middle(one.volume) for one in (now, before)))
     findings = with_growth(now.findings, before.findings, interval_days=days, prior_study_uid=(before.study or {}).get("study_uid"), shift_mm=tuple(shift))
     unknown = () if same_patient or (now.study or {}).get("patient_key") else ("whether both scans are of one patient was not checked: set MEDIMG_PSEUDONYM_KEY",)
     return replace(now, findings=findings, warnings=(*now.warnings, *unknown, *(("the dates of the scans are not known, so neither is the pace of growth",) * (days is None))))
@@ -141,16 +142,13 @@ def _days_between(now, before):
     return apart
 
 
-def _lungs(volume):
+def _lungs_middle(volume):
+    """Of a record whose model did not look for the lungs."""
     from medimg.data.lungs import segment_lungs
     from medimg.data.preprocess import Preprocessor
+    from medimg.deployment.measure import lungs_middle
     coarse = Preprocessor([("resample", {"spacing_mm": [3.0]})])(volume)
-    return _on(volume, coarse, segment_lungs(coarse))
-
-
-def _on(volume, grid, lungs):
-    from medimg.deployment.located import Marks, lungs_on
-    return lungs_on(volume, Marks((), grid, lungs))
+    return lungs_middle(coarse, segment_lungs(coarse))
 
 # %% ../../nbs/deployment/04b_study.ipynb #d284a46e
 def write_visit(patient, folder, *, day: str, acquisition: str = "routine", visit: int = 0):

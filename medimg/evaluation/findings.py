@@ -6,7 +6,7 @@
 __all__ = ['Findings', 'beyond_chance', 'skill_of_findings', 'meaning_of_findings', 'groups_of_findings', 'errors_of_findings',
            'findings_sections']
 
-# %% ../../nbs/evaluation/10c_findings.ipynb #23fd082f
+# %% ../../nbs/evaluation/10c_findings.ipynb #8c0e8f66
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .comparison import holm
 from .intervals import delong_interval
 from .metrics import auc, bootstrap_ci, roc_curve, wilson_interval
 from .operating import evaluate_multilabel
-from .questions import LEAST, breaks, case_name, figures_table, too_wide
+from .questions import LEAST, breaks, case_name, figures_table, too_wide, worst_errors
 from .subgroups import subgroup_table
 
 # %% ../../nbs/evaluation/10c_findings.ipynb #d48bf71d
@@ -272,7 +272,7 @@ def groups_of_findings(a: Findings, attributes: dict) -> dict:
     reading = apart or ["No finding is shown to differ between groups; small groups can hide much."]
     return section("whom", "For whom is it worse?", reading=reading, tables=[table("Groups, finding by finding", ["finding", "attribute", "group", "n", "present", "AUC", "low", "high", "AUC minus rest", "low", "high", "p (Holm)"], rows)])
 
-# %% ../../nbs/evaluation/10c_findings.ipynb #f681b4ab
+# %% ../../nbs/evaluation/10c_findings.ipynb #acaf44cd
 def errors_of_findings(a: Findings, images=None, *, most: int = 12) -> dict:
     """The section "Which cases went most wrong?": the known findings to which the truth was given the least probability.
 
@@ -298,8 +298,7 @@ def errors_of_findings(a: Findings, images=None, *, most: int = 12) -> dict:
     order = [(int(i), int(c)) for i, c in zip(*np.unravel_index(np.argsort(np.where(wrong, true, np.inf), axis=None, kind="stable"), true.shape)) if wrong[i, c]][:most]
     rows = [[case_name(a.ids, i, "row"), a.classes[c], "present" if a.y[i, c] == 1 else "absent", true[i, c]] for i, c in order]
     shown = [] if images is None else [(f"{name}: {finding} is {state}", np.asarray(images[i])) for (name, finding, state, _), (i, _) in zip(rows, order)]
-    reading = [f"{int(wrong.sum())} of {int((~np.isnan(a.y)).sum())} known answers are wrong; the {len(rows)} in which the truth was given the least probability are listed."]
-    return section("errors", "Which cases went most wrong?", reading=reading, tables=[table("Worst errors", ["case", "finding", "truth", "probability of the truth"], rows)], images=shown)
+    return worst_errors(rows, ("finding", "truth"), wrong=int(wrong.sum()), asked=f"{int((~np.isnan(a.y)).sum())} known answers", shown=shown)
 
 
 def findings_sections(a: Findings, *, attributes=None, images=None, predict=None) -> tuple:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'WIDE', 'Answers', 'figures_table', 'case_name', 'too_wide', 'skill', 'cut', 'meaning', 'silence', 'breaks',
-           'whom', 'errors', 'why', 'classifier_sections', 'measure_masks', 'segmentation_sections', 'measure_marks',
-           'froc_chart', 'detection_sections']
+           'whom', 'worst_errors', 'errors', 'why', 'classifier_sections', 'measure_masks', 'segmentation_sections',
+           'measure_marks', 'froc_chart', 'detection_sections']
 
 # %% ../../nbs/evaluation/10a_questions.ipynb #e8f5d0b2
 import warnings
@@ -386,7 +386,7 @@ def breaks(a: Answers, predict, images, *, most: int = 200) -> dict:
     return section("breaks", "What breaks it?", reading=reading, tables=[table(f"{name} by severity", ["what", *map(str, range(6))], [[kind, *values] for kind, values in found.items()])],
                    charts=[chart("Worse images", "severity (0: as they are)", name, {kind: {"x": range(6), "y": values} for kind, values in found.items()})])
 
-# %% ../../nbs/evaluation/10a_questions.ipynb #7324266b
+# %% ../../nbs/evaluation/10a_questions.ipynb #725ef952
 def whom(a: Answers, attributes: dict) -> dict:
     """The section "For whom is it worse?", for a binary task.
 
@@ -415,6 +415,35 @@ def whom(a: Answers, attributes: dict) -> dict:
     return section("whom", "For whom is it worse?", reading=found.reading(), tables=[table("Groups", head, rows)])
 
 
+def worst_errors(rows: list, head: tuple, *, wrong: int, asked: str, shown: list) -> dict:
+    """The section "Which cases went most wrong?" of answers that come with probabilities.
+
+    Parameters
+    ----------
+    rows : list of list
+        The worst first: case, a cell for each of `head`, probability of the truth.
+    head : tuple of str
+        What the cells between case and probability are.
+    wrong : int
+        How many answers are wrong, listed or not.
+    asked : str
+        Of how many, for example `"120 answers"`.
+    shown : list of (str, uint8 array)
+        Captions and pictures.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> worst_errors([["row 3", "no", "yes", 0.1]], ("truth", "answer"), wrong=1, asked="9 answers", shown=[])["reading"][0]
+    '1 of 9 answers are wrong; the 1 in which the truth was given the least probability are listed.'
+    """
+    reading = [f"{wrong} of {asked} are wrong; the {len(rows)} in which the truth was given the least probability are listed."]
+    return section("errors", "Which cases went most wrong?", reading=reading, tables=[table("Worst errors", ["case", *head, "probability of the truth"], rows)], images=shown)
+
+
 def errors(a: Answers, images=None, *, most: int = 12) -> dict:
     """The section "Which cases went most wrong?": a gallery of the answers with the least probability for the truth.
 
@@ -440,8 +469,7 @@ def errors(a: Answers, images=None, *, most: int = 12) -> dict:
     names = [case_name(a.ids, i, "row") for i in rows]
     listed = [[name, a.classes[a.y[i]], a.classes[a.y_hat[i]], true[i]] for name, i in zip(names, rows)]
     shown = [] if images is None else [(f"{name}: is {a.classes[a.y[i]]}, called {a.classes[a.y_hat[i]]}", np.asarray(images[i])) for name, i in zip(names, rows)]
-    reading = [f"{int(wrong.sum())} of {len(a.y)} answers are wrong; the {len(rows)} in which the truth was given the least probability are listed."]
-    return section("errors", "Which cases went most wrong?", reading=reading, tables=[table("Worst errors", ["case", "truth", "answer", "probability of the truth"], listed)], images=shown)
+    return worst_errors(listed, ("truth", "answer"), wrong=int(wrong.sum()), asked=f"{len(a.y)} answers", shown=shown)
 
 # %% ../../nbs/evaluation/10a_questions.ipynb #0ebc3c4f
 def why(a: Answers, cam, images, truths=None, *, most: int = 200) -> dict:

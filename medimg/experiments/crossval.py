@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'METRICS', 'fold_groups', 'recipe_fit', 'fold_figures', 'crossval_medmnist']
 
-# %% ../../nbs/experiments/10_crossval.ipynb #22dabeaf
+# %% ../../nbs/experiments/10_crossval.ipynb #add3e7d0
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from ..data.datasets import load_dataset, select
 from ..data.leaks import find_leaks, leak_groups
 from ..data.pipeline import Tensors, to_tensors
 from ..evaluation.metrics import accuracy, auc
-from .classifiers import RETINA, quadratic_kappa
+from ..evaluation.operating import kappa
+from .classifiers import RETINA
 from .protocol import Clock, logits_of, plain_figure, seeds_figure
 from ..training.crossval import cross_validate, mean_interval, patient_folds
 from ..training.loop import drawer, train_steps
@@ -28,7 +29,7 @@ SIZES = {"ci": {"images": 96, "folds": 2, "share": 0.04, "n_boot": 50},
 
 #: What is asked of the probabilities (n, classes) on each data set.
 METRICS = {"pneumoniamnist": {"auc": lambda y, p: auc(y, p[:, 1])},
-           "retinamnist": {"auc": auc, "accuracy": lambda y, p: accuracy(y, p.argmax(axis=1)), "quadratic_kappa": lambda y, p: quadratic_kappa(y, p.argmax(axis=1))}}
+           "retinamnist": {"auc": auc, "accuracy": lambda y, p: accuracy(y, p.argmax(axis=1)), "quadratic_kappa": lambda y, p: kappa(y, p.argmax(axis=1), weights="quadratic")}}
 
 # %% ../../nbs/experiments/10_crossval.ipynb #bae849d7
 def fold_groups(dataset) -> np.ndarray:
