@@ -6,7 +6,7 @@
 __all__ = ['MAX_FORM_BYTES', 'POLICY', 'Person', 'LocalAuth', 'SessionAuth', 'language_of', 'study_view', 'pane_of', 'read_form',
            'router', 'create_review_app']
 
-# %% ../../nbs/deployment/06b_review.ipynb #00735871
+# %% ../../nbs/deployment/06b_review.ipynb #a0dfc9c1
 import hmac
 import json
 import secrets
@@ -15,19 +15,19 @@ from collections import OrderedDict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 
+from .gate import headers as security_headers
 from .slices import SliceCache, pixels_of, place_of, presets, render
 from .worklist import LANGUAGES, finding_rows, headline, in_words, number, patient_of, rows_of, say, term
 from ..errors import ConfigError, DatasetError, DicomError, MedimgError, ServiceError, printable
 
 MAX_FORM_BYTES = 512 << 10
+_HEADERS = {name.lower(): value for name, value in security_headers().items()} | {"referrer-policy": "same-origin"}
 #: No script, style, frame or request that is not this page's own.
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-_HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "same-origin", "cache-control": "no-store",
-            "cross-origin-resource-policy": "same-origin", "cross-origin-opener-policy": "same-origin", "x-frame-options": "DENY"}
+POLICY = _HEADERS["content-security-policy"]
 
 
 class Person(NamedTuple):
@@ -57,7 +57,7 @@ class Person(NamedTuple):
         """
         return bool(action)
 
-# %% ../../nbs/deployment/06b_review.ipynb #a72d4714
+# %% ../../nbs/deployment/06b_review.ipynb #f1e11b3e
 class LocalAuth:
     """One person, one computer: a token that works once becomes a session cookie. Its methods are what `router` asks of any such object.
 
@@ -75,7 +75,7 @@ class LocalAuth:
     (False, True, False)
     """
 
-    asks_name, cookie = False, "medimg_review"
+    asks_name, cookie, public_url = False, "medimg_review", None
 
     def __init__(self, token: str | None = None, *, name: str = "local"):
         self.token, self.person, self._lock = token or secrets.token_urlsafe(32), Person(name), threading.Lock()
@@ -151,7 +151,7 @@ class LocalAuth:
             `action`, `who`, and ids.
         """
 
-# %% ../../nbs/deployment/06b_review.ipynb #17ac5679
+# %% ../../nbs/deployment/06b_review.ipynb #8d166f46
 class SessionAuth(LocalAuth):
     """Users with passwords and roles, as the service has them.
 
@@ -160,7 +160,7 @@ class SessionAuth(LocalAuth):
     users : object
         With `check(name, password)` that gives a principal or raises a ServiceError.
     sessions : object
-        With `start(principal, old)`, `get(id)`, `end(id)`, `cookie_name` and `tls`, as `medimg.deployment.sessions.Sessions`.
+        With `start(principal, old)`, `get(id)`, `end(id)`, `id_of(header)`, `cookie_name` and `tls`, as `medimg.deployment.sessions.Sessions`.
     throttle : object, optional
         A `medimg.deployment.sessions.LoginThrottle`, which slows down who guesses.
     peer : callable, optional
@@ -180,9 +180,12 @@ class SessionAuth(LocalAuth):
         self.users, self.sessions, self.throttle, self.log = users, sessions, throttle, log
         self.peer = peer or (lambda request: request.client.host if request.client else "")
 
+    def _id(self, request):
+        return self.sessions.id_of(request.headers.get("cookie"))
+
     def _session(self, request):
         try:
-            return self.sessions.get(request.cookies.get(self.sessions.cookie_name))
+            return self.sessions.get(self._id(request))
         except ServiceError:
             return None
 
@@ -216,7 +219,7 @@ class SessionAuth(LocalAuth):
         try:
             if self.throttle:
                 self.throttle.attempt(name, self.peer(request))
-            session = self.sessions.start(self.users.check(name, secret), request.cookies.get(self.sessions.cookie_name))
+            session = self.sessions.start(self.users.check(name, secret), self._id(request))
             if self.throttle:
                 self.throttle.succeeded(name, self.peer(request))
         except ServiceError as error:
@@ -232,7 +235,7 @@ class SessionAuth(LocalAuth):
         ----------
         request, response : starlette objects
         """
-        self.sessions.end(request.cookies.get(self.sessions.cookie_name, ""))
+        self.sessions.end(self._id(request))
         response.delete_cookie(self.sessions.cookie_name, path="/", secure=bool(self.sessions.tls), httponly=True, samesite="strict")
 
     def audit(self, request, event):
@@ -469,7 +472,7 @@ class _Site:
                 self._shown.popitem(last=False)
         return found
 
-# %% ../../nbs/deployment/06b_review.ipynb #2cb52e94
+# %% ../../nbs/deployment/06b_review.ipynb #570774fa
 class _Refused(ServiceError):
     """An answer with another status than 200; `key` of the heading."""
 
@@ -521,12 +524,15 @@ async def read_form(request, limit: int = MAX_FORM_BYTES) -> dict:
 
 def _check_sent(site, request, form, principal):
     """Refuse a form that another site made the browser send."""
-    origin, place = request.headers.get("origin"), request.headers.get("sec-fetch-site")
-    strange = origin and urlsplit(origin).netloc != request.headers.get("host") and not (origin == "null" and place == "same-origin")   # null: the page sends no referrer
-    if strange or place in ("cross-site", "same-site"):
-        raise _Refused(403, "forbidden", "the form came from another site")
-    if principal is not None and not hmac.compare_digest(form.get("csrf", "").encode(), site.auth.csrf(request).encode()):
-        raise _Refused(403, "forbidden", "expired")
+    from medimg.deployment.gate import check_origin
+    from medimg.deployment.security import Forbidden
+    from medimg.deployment.sessions import check_csrf
+    try:
+        check_origin(request.headers.get("origin"), request.headers.get("sec-fetch-site"), host=request.headers.get("host"), public_url=site.auth.public_url)
+        if principal is not None:
+            check_csrf(site.auth.csrf(request), form.get("csrf"))
+    except Forbidden as error:
+        raise _Refused(403, "forbidden", "expired" if error.reason == "csrf" else error.what) from error
 
 # %% ../../nbs/deployment/06b_review.ipynb #ce582369
 def _guarded(site, action, handler, *, data=False):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #04d08dda
+# %% ../../nbs/deployment/06_service.ipynb #6c05c2a6
 import asyncio
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from ..config import RESEARCH_USE
 from .batching import Late, Overloaded
 from .decoders import kind_of, plain_study
 from .front import (BadRequest, NotFound, header, new_request_id, problem, read_body, reply_now, status_of)
-from .gate import headers as security_headers
+from .gate import HSTS, headers as security_headers
 from .guard import BY_SESSION, Auditor, Guard, first_key, weaknesses
 from .handler import Handler, admitted_body, files_of, record_json
 from .jobs import FINISHED, public, watch
@@ -410,7 +410,7 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #a4ac03b1
+# %% ../../nbs/deployment/06_service.ipynb #0e4f0735
 def _page_auth(settings, store, shared=None):
     """Users, sessions and the brake on guessing; the last two in a file of the folder `shared` when there are several workers."""
     from medimg.deployment.gate import peer_key
@@ -418,6 +418,8 @@ def _page_auth(settings, store, shared=None):
     from medimg.deployment.sessions import LoginThrottle, Sessions, Users, sign_in
 
     class PageAuth(SessionAuth):
+        public_url = settings.public_url
+
         def principal(self, request):
             request.state.principal = super().principal(request)
             return request.state.principal
@@ -425,7 +427,7 @@ def _page_auth(settings, store, shared=None):
         def login(self, request, response, name, secret):
             request.state.principal = None
             try:
-                session = sign_in(self.users, self.sessions, self.throttle, name=name, password=secret, peer=self.peer(request), old=request.cookies.get(self.sessions.cookie_name))
+                session = sign_in(self.users, self.sessions, self.throttle, name=name, password=secret, peer=self.peer(request), old=self._id(request))
             except ServiceError as error:
                 why = getattr(error, "reason", None) or "busy"
                 request.state.page = {"reason": why, "actor": name if why in ("password", "disabled") else None}
@@ -440,7 +442,7 @@ def _page_auth(settings, store, shared=None):
             request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None, "bundle": event.get("bundle")}
 
     users, file = Users(users_file(settings)), os.path.join(shared, "sessions.sqlite3") if shared else None
-    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
+    return PageAuth(users, Sessions(tls=settings.https, users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
 
 # %% ../../nbs/deployment/06_service.ipynb #3cbd8752
 def _add_page(app, shared=None):
@@ -798,7 +800,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #3f6a1c67
+# %% ../../nbs/deployment/06_service.ipynb #a2400ab9
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
@@ -829,10 +831,11 @@ def _metrics_folder():
 def _uvicorn(settings):
     from medimg.deployment import front
     front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
+    strict = [HSTS] if settings.tls_cert or settings.behind_proxy and settings.public_url and settings.https else []
     tls = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key, "ssl_context_factory": functools.partial(_tls, settings)} if settings.tls_cert else {}
     return {"host": settings.host, "port": settings.port, "http": front.Protocol, "ws": "none", "lifespan": "on", "access_log": False, "server_header": False,
             "proxy_headers": False, "log_level": "warning", "workers": settings.workers, "timeout_keep_alive": settings.keep_alive_s,
-            "timeout_graceful_shutdown": settings.grace_s, "backlog": 2048, **tls}
+            "timeout_graceful_shutdown": settings.grace_s, "backlog": 2048, "headers": strict, **tls}
 
 
 def _tls(settings, config, default):
