@@ -1,5 +1,7 @@
 """What a penetration tester with a clinician's key tried, and what must hold against it."""
+import os
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -110,6 +112,60 @@ def test_the_brake_knows_who_is_behind_the_proxy(bundle, tmp_path):
         finally:
             assert running.stop() == 0
         assert ("name it in proxies" in "".join(running.log)) is blocked
+
+
+PASSWORD = "drei Rehe am Waldrand"
+
+
+def form_of(text):
+    return {"csrf": text.split('name="csrf" value="')[1].split('"')[0]}
+
+
+@pytest.mark.parametrize(("settings", "own", "secure"), [({"behind_proxy": True, "public_url": "https://pacs.example/"}, "https://pacs.example", True),
+                                                         ({"public_url": "http://pacs.example:8080"}, "http://pacs.example:8080", False)])
+def test_a_browser_signs_in_through_nginx_as_it_comes(bundle, tmp_path, settings, own, secure):
+    """`proxy_pass` and no further line: Host is the address behind the proxy, HTTP 1.0, the connection ends; all else is the browser's. Only the stated address may send forms."""
+    Users(tmp_path / "users.json").add("dr.wu", PASSWORD, "clinician")
+    running = Running(tmp_path, bundle=bundle.path, decoders=1, users=str(tmp_path / "users.json"), **settings)
+    nginx = {"host": f"127.0.0.1:{running.port}", "connection": "close", "origin": own, "sec-fetch-site": "same-origin"}
+    try:
+        def post(path, data, **headers):
+            return httpx.post(running.base + path, data=data, headers={**nginx, **headers}, timeout=30)
+        form = {"name": "dr.wu", "secret": PASSWORD}
+        for foreign in ({"origin": "https://evil.example"}, {"origin": own.replace("pacs", "evil.pacs")}, {"sec-fetch-site": "cross-site"}, {"origin": "null", "sec-fetch-site": "cross-site"}):
+            assert post("/review/login", form, **foreign).status_code == 403, foreign
+        answer = post("/review/login", form)
+        cookie = answer.headers["set-cookie"]
+        assert answer.status_code == 303 and answer.headers["location"] == "/review/" and ("; Secure" in cookie) is cookie.startswith("__Host-medimg=") is secure
+        assert ("strict-transport-security" in answer.headers) is secure
+        sent = {"cookie": cookie.partition(";")[0]}
+        page = httpx.get(f"{running.base}/review/", headers={**nginx, **sent})
+        assert post("/review/logout", form_of(page.text), **sent, origin="https://evil.example").status_code == 403
+        assert post("/review/logout", form_of(page.text), **sent).status_code == 303
+        planted = {"cookie": f"{sent['cookie']}; {sent['cookie'].partition('=')[0]}={'A' * 43}"}
+        assert httpx.get(f"{running.base}/review/", headers={**nginx, **planted}).status_code == 303        # two of one name: one was planted
+        old = running.knock(f"GET /dicom-web/studies HTTP/1.0\r\nHost: 127.0.0.1:{running.port}\r\nConnection: close\r\nAuthorization: Bearer {running.key}\r\n\r\n".encode())
+        assert old.startswith(b"HTTP/1.1 204")
+    finally:
+        assert running.stop() == 0
+
+
+def test_browsers_come_back_over_tls_only_where_there_is_tls(bundle, tmp_path):
+    """HSTS on every answer of a service with a certificate, on the quick way and on refusals too, and never over plain HTTP."""
+    old = os.umask(0o077)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-keyout", tmp_path / "k.pem", "-out",
+                    tmp_path / "c.pem"], check=True, capture_output=True)
+    os.umask(old)
+    for folder, settings, told in (("tls", {"tls_cert": str(tmp_path / "c.pem"), "tls_key": str(tmp_path / "k.pem")}, "max-age=31536000"), ("plain", {}, None), ("proxy", {"behind_proxy": True}, None)):
+        (tmp_path / folder).mkdir()
+        running = Running(tmp_path / folder, bundle=bundle.path, decoders=1, **settings)
+        try:
+            with running.client() as client:
+                answers = [client.post("/v1/predict", content=PNG), client.post("/v1/predict?name=a.png", content=PNG), client.get("/review/login"), client.get("/nowhere"), client.get("/v1/results/1"),
+                           client.get("/healthz", headers={"authorization": ""})]
+            assert [a.headers.get("strict-transport-security") for a in answers] == [told] * 6
+        finally:
+            assert running.stop() == 0
 
 
 def test_broken_uploads_leave_nothing_in_memory(bundle, tmp_path):
