@@ -202,3 +202,110 @@ def test_a_refusal_that_cannot_be_logged_is_no_fault(bundle, tmp_path):
         app.state.auditor.record = full
         for path in ("/v1/results/no-number", "/v1/results", "/v1/jobs/none"):
             assert client.get(path, headers=key).status_code == 503, path
+
+
+# ---- connections ---------------------------------------------------------------------------------------------------------------
+def ended(s, seconds=0.05):
+    """Whether the other side has closed the connection, or does within so many seconds."""
+    s.settimeout(seconds)
+    try:
+        while s.recv(65536):
+            pass
+        return True
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_silent_connections_shut_nobody_out(bundle, tmp_path):
+    """Sixty connections that say nothing where twenty may be: the latest stay, and an honest client is answered at once; connections at work are never closed for a newcomer."""
+    running = Running(tmp_path, bundle=bundle.path, decoders=1, connections=20, header_s=20.0, body_s=30.0)
+    silent = []
+    try:
+        with running.client() as old:
+            assert old.post("/v1/predict", content=PNG).status_code == 200          # stays open, and idle
+            for _ in range(60):
+                silent.append(socket.create_connection(("127.0.0.1", running.port), timeout=5))
+            start = time.monotonic()
+            assert running.alive(PNG) and time.monotonic() - start < 3
+            assert old.post("/v1/predict", content=PNG).status_code == 200          # its connection made room, so it took another
+        time.sleep(0.2)
+        assert 20 <= sum(not ended(s) for s in silent) + 2 <= 22
+        for s in silent:
+            s.close()
+        head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.key}\r\nContent-Length: {len(PNG)}\r\n\r\n".encode()
+        at_work = []
+        for _ in range(20):
+            at_work.append(socket.create_connection(("127.0.0.1", running.port), timeout=5))
+            at_work[-1].sendall(head + PNG[:10])
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as s:
+            assert ended(s, 2)                                                      # all are at work
+        for s in at_work:
+            s.sendall(PNG[10:])
+            assert s.recv(100).startswith(b"HTTP/1.1 200")
+        assert running.alive(PNG)
+    finally:
+        assert running.stop() == 0
+
+
+@pytest.fixture
+def bare():
+    """uvicorn with our protocol and the smallest application; limits are set back afterwards."""
+    import uvicorn
+
+    from medimg.deployment import front
+
+    async def hello(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+    before = dict(front.LIMITS)
+    server = uvicorn.Server(uvicorn.Config(hello, port=0, http=front.Protocol, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield front.LIMITS, server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(10)
+    front.LIMITS.update(before)
+
+
+def test_one_address_takes_no_more_than_its_share(bare):
+    """127.0.0.2 opens forty where five are allowed; its newcomers are answered, and 127.0.0.1, a proxy of ours, has no limit."""
+    from medimg.deployment.gate import Peers
+    limits, port = bare
+    limits.update(per_peer=5, exempt=Peers(["127.0.0.1"]))
+
+    def open_from(address):
+        s = socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(address, 0))
+        time.sleep(0.005)
+        return s
+    many, near, other = [open_from("127.0.0.2") for _ in range(40)], [open_from("127.0.0.1") for _ in range(40)], open_from("127.0.0.3")
+    time.sleep(0.2)
+    assert [ended(s, 0.01) for s in many] == [True] * 35 + [False] * 5
+    assert not any(ended(s, 0.01) for s in (*near, other))
+    for s in (open_from("127.0.0.2"), many[-1], other, near[0]):
+        s.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        s.settimeout(5)
+        assert s.recv(100).startswith(b"HTTP/1.1 200")
+    for s in (*many, *near, other):
+        s.close()
+
+
+@pytest.mark.parametrize("rest", [[], [b"x"], [b"x"] * 3, [b"x" * 1000]])
+def test_the_body_of_a_refused_request_is_not_waited_for(bundle, tmp_path, rest):
+    """Without a key the answer is 401 before the body is here. Whether the rest comes never, in drops or whole: the connection does not stay."""
+    running = Running(tmp_path, bundle=bundle.path, decoders=1, header_s=1.0)
+    try:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as s:
+            s.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            assert s.recv(100).startswith(b"HTTP/1.1 401")
+            for piece in rest:
+                time.sleep(0.2)
+                s.sendall(piece)
+            start = time.monotonic()
+            assert ended(s, 5) and time.monotonic() - start < 3
+    finally:
+        assert running.stop() == 0

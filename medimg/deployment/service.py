@@ -740,7 +740,7 @@ def _describe_bodies(paths, answer):
     form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
     paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
-# %% ../../nbs/deployment/06_service.ipynb #47306950
+# %% ../../nbs/deployment/06_service.ipynb #9b515303
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
 
 
@@ -755,7 +755,7 @@ def worker_app():
     from medimg.deployment.scrub import Scrub
     Scrub().install()                               # whatever a library logs, names and keys are struck out
     settings = from_environ(os.environ[_SETTINGS])
-    front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
+    front.set_limits(settings)
     return create_app(settings, metrics_folder=os.environ.get(_METRICS))
 
 
@@ -800,7 +800,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #a2400ab9
+# %% ../../nbs/deployment/06_service.ipynb #3e034b17
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
@@ -830,7 +830,7 @@ def _metrics_folder():
 
 def _uvicorn(settings):
     from medimg.deployment import front
-    front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
+    front.set_limits(settings)
     strict = [HSTS] if settings.tls_cert or settings.behind_proxy and settings.public_url and settings.https else []
     tls = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key, "ssl_context_factory": functools.partial(_tls, settings)} if settings.tls_cert else {}
     return {"host": settings.host, "port": settings.port, "http": front.Protocol, "ws": "none", "lifespan": "on", "access_log": False, "server_header": False,

@@ -41,7 +41,7 @@ class _Checked:
         """Whether browsers reach it over TLS: as public_url says, else by a certificate or a proxy that ends TLS."""
         return self.public_url.lower().startswith("https:") if self.public_url else bool(self.tls_cert or self.behind_proxy)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #cfe9c159
+# %% ../../nbs/deployment/06i_settings.ipynb #147f9886
 @dataclass(frozen=True)
 class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""
@@ -55,6 +55,8 @@ class _WhoMay(_Checked):
     review: bool = True                         # the review page below /review/
     rate: float = 0.0                           # requests a second for each key; 0: no limit
     burst: int = 100                            # requests that a key may make at once
+    streams: int = 32                           # event streams that a key or a person may hold open in one worker
+    peer_connections: int = 200                 # connections of one address to one worker; this machine and proxies have no such limit
 
 # %% ../../nbs/deployment/06i_settings.ipynb #7201a657
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ class ServiceSettings(_WhoMay):
     jobs: int = 100                             # jobs that may wait
     lean: bool = True                           # answer /v1/predict before FastAPI
 
-# %% ../../nbs/deployment/06i_settings.ipynb #1934d789
+# %% ../../nbs/deployment/06i_settings.ipynb #85245009
 def _check_numbers(s):
     for name, low in {"port": 0, "workers": 1, "batch": 1, "queue": 1, "decoders": 1, "decode_mb": 64, "max_body_mb": 1, "max_memory_mb": 1, "connections": 1,
-                      "jobs": 1, "burst": 1, "rate": 0, "deadline_s": 0.01, "decode_s": 0.1, "body_s": 0.1, "header_s": 0.1, "keep_alive_s": 1, "grace_s": 0}.items():
+                      "jobs": 1, "burst": 1, "streams": 1, "peer_connections": 1, "rate": 0, "deadline_s": 0.01, "decode_s": 0.1, "body_s": 0.1, "header_s": 0.1, "keep_alive_s": 1, "grace_s": 0}.items():
         if not low <= getattr(s, name) < 1 << 31:
             raise ConfigError(f"{name} is {getattr(s, name)}", remedy=f"give {low} or more")
     if s.port > 65535 or s.audit not in ("before", "after", "off"):
