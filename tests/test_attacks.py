@@ -309,3 +309,43 @@ def test_the_body_of_a_refused_request_is_not_waited_for(bundle, tmp_path, rest)
             assert ended(s, 5) and time.monotonic() - start < 3
     finally:
         assert running.stop() == 0
+
+
+# ---- event streams -------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_two_hundred_streams_hinder_nobody_and_end_with_their_job(bundle, tmp_path):
+    """A job in the queue of another process, watched two hundred times by one key: the next stream is refused, answers come as before, and with the job all streams end and their places are free."""
+    from medimg.deployment.jobs import Jobs
+    running = Running(tmp_path, bundle=bundle.path, decoders=1, streams=200)
+    jobs, streams = Jobs(tmp_path / "store" / "jobs"), []
+    number = jobs.submit(b"x", owner="local", bundle="toy")
+    try:
+        while jobs.get(number)["state"] in ("queued", "running"):
+            time.sleep(0.05)
+        jobs._run("UPDATE jobs SET state='running', pid=? WHERE id=?", os.getpid(), number)         # as if this process worked on it
+        with running.client() as client:
+            before = memory_mb(running.process)
+            for _ in range(200):
+                streams.append(socket.create_connection(("127.0.0.1", running.port), timeout=20))
+                streams[-1].sendall(f"GET /v1/jobs/{number}/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {running.key}\r\n\r\n".encode())
+            heads = [s.recv(65536) for s in streams]
+            assert all(head.startswith(b"HTTP/1.1 200") for head in heads)
+            refused = client.get(f"/v1/jobs/{number}/events")
+            assert refused.status_code == 429 and refused.json()["status"] == 429 and "retry-after" in refused.headers
+            with running.client(running.new_key("admin")) as other, other.stream("GET", f"/v1/jobs/{number}/events") as stream:
+                assert stream.status_code == 200                        # another key has places of its own
+            slowest = 0.0
+            for query in ("", "?name=a.png") * 5:
+                start = time.monotonic()
+                assert client.post(f"/v1/predict{query}", content=PNG).status_code == 200
+                slowest = max(slowest, time.monotonic() - start)
+            assert slowest < 2 and memory_mb(running.process) - before < 150
+            jobs.finish(number, "done", records=[])
+            for s in streams:
+                said = b""
+                while piece := s.recv(65536):
+                    said += piece
+                assert b"event: done" in said
+            assert client.get(f"/v1/jobs/{number}/events").text.startswith("event: done")
+    finally:
+        assert running.stop() == 0

@@ -723,7 +723,7 @@ def _context_of(form):
         pass                                            # as typed: the message of the check names it
     return facts or None
 
-# %% ../../nbs/deployment/06b_review.ipynb #32b601a8
+# %% ../../nbs/deployment/06b_review.ipynb #6ad093db
 def _answer_of(site, request, row):
     """Where the answer of a job that is done is shown."""
     found = [r["id"] for r in site.store.results(row["study_uid"]) if (r["record"]["model"] or {}).get("name") == row["bundle"]]
@@ -731,7 +731,7 @@ def _answer_of(site, request, row):
 
 
 def _ask_routes(site):
-    from starlette.responses import RedirectResponse, StreamingResponse
+    from starlette.responses import RedirectResponse
 
     def ask(request, principal, lang, form):
         uid = request.path_params["study_uid"]
@@ -748,7 +748,7 @@ def _ask_routes(site):
 
     def events(request, principal, lang, form):
         row = site.models.job(request.path_params["number"], principal)
-        return StreamingResponse(site.models.events(row["id"]), media_type="text/event-stream")
+        return site.models.events(row["id"], principal)
 
     def stop(request, principal, lang, form):
         row = site.models.job(request.path_params["number"], principal)

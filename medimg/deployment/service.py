@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #6c05c2a6
+# %% ../../nbs/deployment/06_service.ipynb #b792037d
 import asyncio
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from .front import (BadRequest, NotFound, header, new_request_id, problem, read_
 from .gate import HSTS, headers as security_headers
 from .guard import BY_SESSION, Auditor, Guard, first_key, weaknesses
 from .handler import Handler, admitted_body, files_of, record_json
-from .jobs import FINISHED, public, watch
+from .jobs import FINISHED, public, stream
 from .metrics import Metrics
 from .security import Forbidden, NotAuthenticated
 from .settings import ServiceSettings, from_environ, load_settings, to_environ
@@ -568,7 +568,7 @@ async def _answered_study(app, study, request):
     request.state.records = [record for record, _ in rows]
     return _json({"results": [{**kept, "record": orjson.Fragment(record_json(record))} for record, kept in rows], "research_use": RESEARCH_USE})
 
-# %% ../../nbs/deployment/06_service.ipynb #4415b0b7
+# %% ../../nbs/deployment/06_service.ipynb #b5c9ac01
 def _job_routes(app):
     from fastapi import Request
     from starlette.responses import StreamingResponse
@@ -590,7 +590,7 @@ def _job_routes(app):
     @app.get("/v1/jobs/{number}/events", summary="Progress as server-sent events", tags=["jobs"], response_class=StreamingResponse)
     async def events(number: str, request: Request):
         app.state.handler.jobs.own(number, request.state.principal)
-        return StreamingResponse(watch(app.state.handler.jobs, number, stop=app.state.handler.draining), media_type="text/event-stream")
+        return stream(app.state.handler.jobs, number, request.state.principal.name, stop=app.state.handler.draining)
 
     @app.delete("/v1/jobs/{number}", summary="Stop a job", tags=["jobs"])
     async def cancel(number: str, request: Request):
