@@ -1,5 +1,6 @@
 """What a penetration tester with a clinician's key tried, and what must hold against it."""
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -349,3 +350,105 @@ def test_two_hundred_streams_hinder_nobody_and_end_with_their_job(bundle, tmp_pa
             assert client.get(f"/v1/jobs/{number}/events").text.startswith("event: done")
     finally:
         assert running.stop() == 0
+
+
+# ---- two readers of one stream -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def service(bundle, tmp_path_factory):
+    running = Running(tmp_path_factory.mktemp("service"), bundle=bundle.path, decoders=1, header_s=3.0, body_s=3.0)
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in "".join(running.log)
+
+
+def said(running, *pieces, pause=0.1, quiet=0.7):
+    """The statuses of all answers to some bytes sent as they are, whether a count of requests was told, and whether the connection ended."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as s:
+        out = b""
+        try:
+            for piece in pieces:
+                s.sendall(piece)
+                time.sleep(pause)
+            s.settimeout(quiet)
+            while piece := s.recv(65536):
+                out += piece
+            closed = True
+        except TimeoutError:
+            closed = False
+        except OSError:
+            closed = True
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", out)], b"medimg_requests_total" in out, closed
+
+
+POST, CHUNKS = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\n", b"transfer-encoding: chunked\r\n\r\n"
+#: bytes before a hidden `GET /metrics` with a good key (`KEY` stands for the key's line) -> statuses of what comes before it, and whether the hidden one may be answered
+STREAMS = {
+    "two lengths": (POST + b"KEYcontent-length: 5\r\ncontent-length: 6\r\n\r\nabcde", [400], False),
+    "the same length twice": (POST + b"KEYcontent-length: 5\r\ncontent-length: 5\r\n\r\nabcde", [400], False),
+    "a list of lengths": (POST + b"KEYcontent-length: 5, 5\r\n\r\nabcde", [400], False),
+    "a length of nothing": (POST + b"KEYcontent-length: \r\n\r\n", [400], False),
+    "length and chunks": (POST + b"KEYcontent-length: 5\r\n" + CHUNKS + b"0\r\n\r\n", [400], False),
+    "chunks and length": (POST + b"KEYtransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n", [400], False),
+    "chunks before another coding": (POST + b"KEYtransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", [400], False),
+    "a coding twice": (POST + b"KEYtransfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\n", [400], False),
+    "a length behind the body": (POST + b"KEY" + CHUNKS + b"5\r\nabcde\r\n0\r\ncontent-length: 100\r\n\r\n", [400], False),
+    "chunks with bare ends": (POST + b"KEY" + CHUNKS + b"5\nabcde\n0\n\n", [400], False),
+    "a chunk longer than stated": (POST + b"KEY" + CHUNKS + b"5\r\nabcdeXX0\r\n\r\n", [400], False),
+    "chunks in HTTP 1.0": (POST.replace(b"1.1", b"1.0") + b"KEY" + CHUNKS + b"5\r\nabcde\r\n0\r\n\r\n", [415], False),
+    "a folded line": (b"GET /healthz HTTP/1.1\r\nhost: x\r\na: b\r\n c\r\n\r\n", [400], False),
+    "a folded first line": (b"GET /healthz HTTP/1.1\r\n host: x\r\n\r\n", [400], False),
+    "a bare line feed": (b"GET /healthz HTTP/1.1\r\nhost: x\na: b\r\n\r\n", [400], False),
+    "a bare line feed at the end": (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\n", [400], False),
+    "a bare carriage return": (b"GET /healthz HTTP/1.1\r\nhost: x\r\na: b\rc: d\r\n\r\n", [400], False),
+    "a zero byte": (b"GET /healthz HTTP/1.1\r\nhost: x\r\na: b\0c\r\n\r\n", [400], False),
+    "no host": (b"GET /healthz HTTP/1.1\r\n\r\n", [400], False),
+    "two hosts": (b"GET /healthz HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n", [400], False),
+    "a header of 100 kB": (b"GET /healthz HTTP/1.1\r\nhost: x\r\na: " + b"x" * 100_000 + b"\r\n\r\n", [431], False),
+    "an address of 100 kB": (b"GET /healthz?" + b"x" * 100_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", [431], False),
+    "a change of protocol": (b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n", [200], False),
+    "a change of protocol with a body": (POST + b"connection: upgrade\r\nupgrade: x\r\ncontent-length: 5\r\n\r\nabcde", [401], False),
+    "a tunnel": (b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n", [400], False),
+    "a request without a key": (b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n", [401], True),
+    "a body without a key": (POST + b"content-length: 5\r\n\r\nabcde", [401], True),
+    "chunks without a key": (POST + CHUNKS + b"5\r\nabcde\r\n0\r\n\r\n", [401], True),
+    "a body nobody reads": (b"GET /nowhere HTTP/1.1\r\nhost: x\r\nKEYcontent-length: 5\r\n\r\nabcde", [404], True),
+    "a good one": (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", [200], True)}
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_what_stands_behind_a_request_is_read_as_one_reader_would(service, what):
+    """RFC 9112: what could end at two places is refused with the whole connection; what is refused for another reason ends where it says, and the next request is judged for itself."""
+    first, statuses, goes_on = STREAMS[what]
+    key = b"authorization: Bearer " + service.key.encode() + b"\r\n"
+    codes, told, closed = said(service, first.replace(b"KEY", key) + b"GET /metrics HTTP/1.1\r\nhost: x\r\n" + key + b"\r\n")
+    assert codes == statuses + [200] * goes_on and told is goes_on and closed is not goes_on
+    behind = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"                                         # a refused stranger behind a good request stays one
+    assert said(service, b"GET /metrics HTTP/1.1\r\nhost: x\r\n" + key + b"\r\n" + behind)[0] == [200, 401]
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/predict?name=a.png"])
+def test_a_field_behind_the_body_is_no_header(service, tmp_path, bundle, path):
+    """A proxy sets the headers, and the guard reads them; a key or an address behind the body must count for nothing."""
+    body = b"%x\r\n" % len(PNG) + PNG + b"\r\n0\r\n"
+    key = b"authorization: Bearer " + service.key.encode() + b"\r\n"
+    head = POST.replace(b"/v1/predict", path.encode())
+    assert said(service, head + CHUNKS + body + key + b"\r\n")[0] == [401]
+    assert said(service, head + key + CHUNKS + body + b"a: b\r\n\r\n")[0] == [200]
+    proxied = Running(tmp_path, bundle=bundle.path, decoders=1, proxies=("127.0.0.1",), peers=("10.0.0.7", "127.0.0.1"))
+    try:
+        key = b"authorization: Bearer " + proxied.key.encode() + b"\r\nx-forwarded-for: 10.0.0.%d\r\n"
+        assert said(proxied, head + key % 7 + CHUNKS + body + b"\r\n")[0] == [200]
+        assert said(proxied, head + key % 8 + CHUNKS + body + b"x-forwarded-for: 10.0.0.7\r\n\r\n")[0] == [403]
+    finally:
+        assert proxied.stop() == 0
+
+
+@pytest.mark.parametrize("key", [True, False])
+@pytest.mark.parametrize("piece", [b"t: " + b"x" * 60_000 + b"\r\n", b"x" * 60_000])
+def test_what_is_no_body_has_an_end(service, key, piece):
+    """Fields without end behind a body, or one field without end: 40 MB of them do not stay in memory, nor does the connection."""
+    head = POST + (b"authorization: Bearer " + service.key.encode() + b"\r\n" if key else b"") + CHUNKS + b"5\r\nabcde\r\n0\r\n" + (b"" if piece[:1] == b"t" else b"t: ")
+    before = memory_mb(service.process)
+    codes, _, closed = said(service, head, *[piece] * 700, pause=0.001)
+    assert closed and codes in ([], [401], [431], [401, 431], [415, 431]) and memory_mb(service.process) - before < 15
+    assert service.alive(PNG)

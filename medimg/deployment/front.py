@@ -435,7 +435,7 @@ class _Rooms:
             del self._peers[self._peer]
         super().connection_lost(exc)
 
-# %% ../../nbs/deployment/06g_front.ipynb #c00a5695
+# %% ../../nbs/deployment/06g_front.ipynb #df4fb4e6
 class _Clocked(_Rooms):
     """The clock for headers, and for the rest of a body that nobody waits for."""
 
@@ -453,14 +453,12 @@ class _Clocked(_Rooms):
                 self._start_clock()
 
     def data_received(self, data):
-        if self._reading:
-            self._counted += len(data)
+        self._counted += len(data)                      # since the last byte of a body: headers, or what stands between and behind the pieces of a body
         super().data_received(data)
-        idle = self.cycle is None or self.cycle.response_complete
-        if self._reading and (self._counted or idle):   # headers have begun and are not complete, or the rest of a refused body came and uvicorn forgot its own timer
-            self._start_clock()
-            if self._counted > LIMITS["header_bytes"]:
-                self._refuse(b"431 Request Header Fields Too Large")
+        if self._counted > LIMITS["header_bytes"]:
+            self._refuse(b"431 Request Header Fields Too Large")
+        elif self._reading and (self._counted or self.cycle is None or self.cycle.response_complete):
+            self._start_clock()                         # headers have begun, or the rest of a refused body came and uvicorn forgot its own timer
 
     def connection_lost(self, exc):
         self._stop_clock()
@@ -474,7 +472,7 @@ class _Clocked(_Rooms):
             self._clock.cancel()
             self._clock = None
 
-# %% ../../nbs/deployment/06g_front.ipynb #bdde283e
+# %% ../../nbs/deployment/06g_front.ipynb #952e59ac
 class _Measured(_Clocked):
     """What happens as the headers are read."""
 
@@ -483,17 +481,28 @@ class _Measured(_Clocked):
         super().on_url(url)
 
     def on_header(self, name, value):
-        self._named += len(name) + len(value)
-        super().on_header(name, value)
+        if self._reading:                               # else it stands behind the body, where whoever checked the headers did not look
+            self._named += len(name) + len(value)
+            super().on_header(name, value)
 
     def on_headers_complete(self):
+        hosts = sum(name == b"host" for name, _ in self.headers)
         if self._named > LIMITS["header_bytes"]:
             self._refuse(b"431 Request Header Fields Too Large")
+        elif hosts > 1 or not hosts and self.parser.get_http_version() == "1.1":
+            self._refuse(b"400 Bad Request")
+        if self.transport.is_closing():                 # refused just now or before: nothing behind it is read
             return
-        self._reading = False
+        self._reading, self._counted = False, 0
         self._stop_clock()
         self._waiting.pop(self, None)
         super().on_headers_complete()
+        if self.parser.should_upgrade():                # to nothing that is spoken here; the parser stops at the end of this request
+            self.cycle.keep_alive = False
+
+    def on_body(self, body):
+        self._counted = 0
+        super().on_body(body)
 
     def on_message_complete(self):
         super().on_message_complete()
