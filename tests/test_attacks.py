@@ -115,6 +115,38 @@ def test_the_brake_knows_who_is_behind_the_proxy(bundle, tmp_path):
         assert ("name it in proxies" in "".join(running.log)) is blocked
 
 
+def cpu_s(process):
+    """Seconds of processor time that a process has used."""
+    row = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(row[11]) + int(row[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_a_header_brought_by_stow_can_kill_a_decoder_and_nothing_else(bundle, tmp_path):
+    """Between two good instances one whose header takes longer than a decoder is given: it is refused with a reason, they are kept, and the service itself has read none of them."""
+    import io
+
+    import pydicom
+    other = pydicom.dcmread(io.BytesIO(CT))
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    other.save_as(out := io.BytesIO())
+    running = Running(tmp_path, bundle=bundle.path, decode_s=1.5)
+    body = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + data + b"\r\n" for data in (CT, with_items(400_000), out.getvalue())) + b"--b--\r\n"
+    try:
+        before = cpu_s(running.process)
+        with running.client() as client:
+            answer = client.post("/dicom-web/studies", content=body, headers=FORM, timeout=60)
+            said = answer.json()
+            assert answer.status_code == 202 and len(said["00081199"]["Value"]) == 2
+            assert [item["00081197"]["Value"] for item in said["0008119A"]["Value"]] == [[0x0110]] and "00081198" not in said
+            assert cpu_s(running.process) - before < 1 and len(client.get("/dicom-web/instances").json()) == 2
+            again = client.post("/dicom-web/studies/9.9", content=body, headers=FORM, timeout=60).json()       # what can be named is named
+            assert [[item["00081155"]["Value"][0], item["00081197"]["Value"][0]] for item in again["00081198"]["Value"]] == [[str(pydicom.dcmread(io.BytesIO(CT)).SOPInstanceUID), 0xA900], ["1.2.3", 0xA900]]
+        assert running.alive(PNG)
+    finally:
+        assert running.stop() == 0
+
+
 PASSWORD = "drei Rehe am Waldrand"
 
 

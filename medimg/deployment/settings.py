@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ServiceSettings', 'load_settings', 'to_environ', 'from_environ']
 
-# %% ../../nbs/deployment/06i_settings.ipynb #db388189
+# %% ../../nbs/deployment/06i_settings.ipynb #5cb7b640
 import ipaddress
 import json
 import os
@@ -29,7 +29,7 @@ class _Checked:
     def folder(self) -> Path:
         """Where the service keeps things."""
         from medimg.config import cache_dir
-        return Path(self.store).expanduser() if self.store else cache_dir() / "service"
+        return Path(self.store).expanduser().absolute() if self.store else cache_dir() / "service"          # decoders work in folders of their own
 
     @property
     def loopback(self) -> bool:
