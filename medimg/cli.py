@@ -728,13 +728,14 @@ def report(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle,
     _say({"report": str(page), "predictions": [a.to_dict() for a in answers]}, f"{answers_text(answers)}\n\nreport: {page}", as_json)
     raise typer.Exit(exit_code(answers))
 
-# %% ../nbs/foundations/cli.ipynb #bede00b3
+# %% ../nbs/foundations/cli.ipynb #6edaf2df
 @app.command()
 def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to answer with; the first is the default. Default: pneumonia.")] = None,
           host: Annotated[str | None, typer.Option(help="Address; anything but this machine needs --expose, TLS and a key.")] = None, port: Annotated[int | None, typer.Option(help="0: any that is free.")] = None,
           workers: Annotated[int | None, typer.Option(help="Processes.")] = None, store: Annotated[Path | None, typer.Option(help="Folder for what is kept.")] = None,
           expose: Annotated[bool, typer.Option("--expose", help="Listen on more than this machine.")] = False,
           behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="Another program ends TLS.")] = False,
+          public_url: Annotated[str | None, typer.Option(help="Address by which browsers reach it, such as https://pacs.example: for a proxy that changes the Host header.")] = None,
           tls_cert: Annotated[Path | None, typer.Option(help="PEM chain.")] = None, tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
           tls_client_ca: Annotated[Path | None, typer.Option(help="Clients must show a certificate of this CA.")] = None,
           peers: Annotated[list[str] | None, typer.Option(help="Address or network that may connect; may be repeated.")] = None,
@@ -748,7 +749,7 @@ def serve(bundle: Annotated[list[str] | None, typer.Argument(help="Bundles to an
     from medimg.deployment.service import serve as listen
     from medimg.deployment.settings import load_settings
     Scrub().install()
-    given = {"host": host, "port": port, "workers": workers, "store": store and str(store), "expose": expose or None, "behind_proxy": behind_proxy or None, "tls_cert": tls_cert and str(tls_cert),
+    given = {"host": host, "port": port, "workers": workers, "store": store and str(store), "expose": expose or None, "behind_proxy": behind_proxy or None, "public_url": public_url, "tls_cert": tls_cert and str(tls_cert),
              "tls_key": tls_key and str(tls_key), "tls_client_ca": tls_client_ca and str(tls_client_ca), "peers": tuple(peers) if peers else None,
              "proxies": tuple(proxies) if proxies else None, "queue": queue, "rate": rate, "review": None if review else False,
              "audit_head": audit_head, "allow_unsigned": allow_unsigned or None}

@@ -34,13 +34,13 @@ class Running:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.base}/readyz").status_code == 200:
+                if httpx.get(f"{self.base}/readyz", verify=not self.settings.tls_cert).status_code == 200:
                     return
             time.sleep(0.05)
         raise AssertionError("".join(self.log)[-2000:])
 
     def client(self, key=None, **more):
-        return httpx.Client(base_url=self.base, headers={"authorization": f"Bearer {key or self.key}"}, timeout=30, **more)
+        return httpx.Client(base_url=self.base, headers={"authorization": f"Bearer {key or self.key}"}, timeout=30, verify=not self.settings.tls_cert, **more)
 
     def new_key(self, role, **more):
         from medimg.deployment.guard import Guard

@@ -112,6 +112,24 @@ def test_texts_are_cleaned(store):
     assert study["patient_name"] == "<script>alert(1)</script>^X[31m" and store.instances(study["study_uid"])[0]["number"] is None
 
 
+def test_what_a_decoder_says_is_checked(store):
+    """A file may have taken over the process that read it: whatever that says, only names, texts and numbers of the tables come through."""
+    uids = {"study_uid": "1.2", "series_uid": "1.3", "sop_uid": "1.4", "sop_class": "1.5"}
+    for lie in (None, [], "x", {}, {"uids": None}, {"uids": []}, {"uids": {**uids, "sop_uid": "../../x"}, "series": {}, "instance": {}}, {"uids": {**uids, "study_uid": 7}, "series": {}, "instance": {}},
+                {"uids": uids, "series": 3, "instance": {}}, {"uids": uids, "series": {}}):
+        with pytest.raises(DicomError):
+            store.add_instance(dicom(), read=lambda path, whole=False, lie=lie: lie)
+    assert store.studies() == [] and not list((store.folder / "instances").rglob("*.dcm"))
+    lie = {"uids": {**uids, "x": "y"}, "series": {"modality": "CT" * 99, "number": "1", "created=1, x": "y"}, "study": {"patient_name": "A\x1b[31m\n" + "B" * 999, "patient_id": ["x"], "study_date": {}},
+           "instance": {"rows": 1 << 40, "columns": 2.5, "frames": True, "number": 3, "syntax": "1" * 99, "path": "/etc/passwd", "sha256": "0"}}
+    kept = store.add_instance(dicom(), read=lambda path, whole=False: lie)
+    series, instance, study = store.series("1.2")[0], store.instances("1.2")[0], store.studies()[0]
+    assert len(series["modality"]) == 16 and series["number"] is None and len(study["patient_name"]) <= 256 and "\x1b" not in study["patient_name"]
+    assert study["patient_id"] is study["study_date"] is None
+    assert [instance[k] for k in ("rows", "columns", "frames", "number")] == [None, None, None, 3] and len(instance["syntax"]) == 64
+    assert instance["path"] == kept["path"] and kept["path"].read_bytes() == dicom() and verify(store)["damaged"] == []
+
+
 def test_a_full_disk_is_said(store, monkeypatch):
     import medimg.deployment.store as module
     with pytest.raises(StoreFull):

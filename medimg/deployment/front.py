@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['LIMITS', 'TooLarge', 'TooSlow', 'BadRequest', 'Unsupported', 'NotFound', 'Gone', 'status_of', 'problem',
            'new_request_id', 'header', 'declared_length', 'read_body', 'boundary_of', 'parts_of', 'file_name',
-           'name_in', 'reply_now']
+           'name_in', 'set_limits', 'reply_now']
 
-# %% ../../nbs/deployment/06g_front.ipynb #c08de164
+# %% ../../nbs/deployment/06g_front.ipynb #d9e4c009
 import asyncio
+import collections
 import functools
 import re
 import secrets
 
 from .. import errors
 from .batching import Late, Overloaded
+from .gate import Peers, peer_key
 from ..errors import MedimgError, ServiceError, printable
 
 
@@ -374,41 +376,103 @@ def name_in(disposition: str) -> str:
     match = re.search(r'filename="((?:[^"\\]|\\.)*)"|filename=([^;\s]+)', disposition or "")
     return (match[1] or match[2] or "") if match else ""
 
-# %% ../../nbs/deployment/06g_front.ipynb #64f27c82
-#: What the protocol allows: seconds for the headers, bytes of headers, connections of one worker.
-LIMITS = {"header_s": 10.0, "header_bytes": 32 << 10, "connections": 1000}
+# %% ../../nbs/deployment/06g_front.ipynb #6fb2ee35
+#: What the protocol allows: seconds for the headers, bytes of headers, connections of one worker, of these from one address, and whose are not counted.
+LIMITS = {"header_s": 10.0, "header_bytes": 32 << 10, "connections": 1000, "per_peer": 200, "exempt": Peers()}
 
 
-class _Clocked:
-    """uvicorn's protocol with a clock for headers and limits on their size and on the number of connections; to be mixed in."""
+def set_limits(settings) -> None:
+    """Take the limits of the protocol from the settings of the service.
+
+    Parameters
+    ----------
+    settings : ServiceSettings
+        `header_s`, `connections`, `peer_connections`, `proxies` and `behind_proxy`; a proxy without a name leaves no address to count by.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> set_limits(SimpleNamespace(header_s=10.0, connections=1000, peer_connections=200, proxies=("10.0.0.2",), behind_proxy=True))
+    >>> LIMITS["exempt"].allows("10.0.0.2"), LIMITS["per_peer"]
+    (True, 200)
+    """
+    unnamed = settings.behind_proxy and not settings.proxies
+    LIMITS.update(header_s=settings.header_s, connections=settings.connections, per_peer=settings.connections if unnamed else settings.peer_connections,
+                  exempt=Peers(("127.0.0.0/8", "::1", *settings.proxies)))
+
+# %% ../../nbs/deployment/06g_front.ipynb #2bccf5e3
+class _Rooms:
+    """uvicorn's protocol with limits on the number of connections; to be mixed in."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self._counted, self._named, self._reading, self._clock = 0, 0, True, None
-        if len(self.connections) > LIMITS["connections"]:
+        self._waiting, self._peers = (self.server_state.__dict__.setdefault(name, made()) for name, made in (("waiting", dict), ("peers", collections.Counter)))
+        address = self.client[0] if self.client else ""
+        self._peer = None if not address or LIMITS["exempt"].allows(address) else peer_key(address)
+        self._peers[self._peer] += 1
+        if self._room():
+            self._waiting[self] = True
+        else:
             transport.abort()
-            return
-        self._clock = self.loop.call_later(LIMITS["header_s"], self._too_slow)
+
+    def _room(self):
+        """Whether this connection may stay; when there are too many, the one that has waited longest makes room."""
+        if self._peer is not None and self._peers[self._peer] > LIMITS["per_peer"]:
+            oldest = next((other for other in self._waiting if other._peer == self._peer), None)
+        elif len(self.connections) > LIMITS["connections"]:
+            oldest = next(iter(self._waiting), None)
+        else:
+            return True
+        if oldest is not None:
+            del self._waiting[oldest]
+            oldest.transport.abort()
+        return oldest is not None
+
+    def connection_lost(self, exc):
+        self._waiting.pop(self, None)
+        self._peers[self._peer] -= 1
+        if not self._peers[self._peer]:
+            del self._peers[self._peer]
+        super().connection_lost(exc)
+
+# %% ../../nbs/deployment/06g_front.ipynb #df4fb4e6
+class _Clocked(_Rooms):
+    """The clock for headers, and for the rest of a body that nobody waits for."""
+
+    def connection_made(self, transport):
+        self._counted, self._named, self._reading, self._clock = 0, 0, True, None
+        super().connection_made(transport)
+        if not transport.is_closing():
+            self._start_clock()
+
+    def on_response_complete(self):
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.cycle.response_complete:
+            self._waiting[self] = True
+            if not self._reading:                       # answered, and its body is not here
+                self._start_clock()
 
     def data_received(self, data):
-        if self._reading:
-            self._counted += len(data)
+        self._counted += len(data)                      # since the last byte of a body: headers, or what stands between and behind the pieces of a body
         super().data_received(data)
-        if self._reading and self._counted:             # headers have begun and are not complete
-            self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
-            if self._counted > LIMITS["header_bytes"]:
-                self._refuse(b"431 Request Header Fields Too Large")
+        if self._counted > LIMITS["header_bytes"]:
+            self._refuse(b"431 Request Header Fields Too Large")
+        elif self._reading and (self._counted or self.cycle is None or self.cycle.response_complete):
+            self._start_clock()                         # headers have begun, or the rest of a refused body came and uvicorn forgot its own timer
 
     def connection_lost(self, exc):
         self._stop_clock()
         super().connection_lost(exc)
+
+    def _start_clock(self):
+        self._clock = self._clock or self.loop.call_later(LIMITS["header_s"], self._too_slow)
 
     def _stop_clock(self):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
 
-# %% ../../nbs/deployment/06g_front.ipynb #0a5cf9dc
+# %% ../../nbs/deployment/06g_front.ipynb #952e59ac
 class _Measured(_Clocked):
     """What happens as the headers are read."""
 
@@ -417,25 +481,38 @@ class _Measured(_Clocked):
         super().on_url(url)
 
     def on_header(self, name, value):
-        self._named += len(name) + len(value)
-        super().on_header(name, value)
+        if self._reading:                               # else it stands behind the body, where whoever checked the headers did not look
+            self._named += len(name) + len(value)
+            super().on_header(name, value)
 
     def on_headers_complete(self):
+        hosts = sum(name == b"host" for name, _ in self.headers)
         if self._named > LIMITS["header_bytes"]:
             self._refuse(b"431 Request Header Fields Too Large")
+        elif hosts > 1 or not hosts and self.parser.get_http_version() == "1.1":
+            self._refuse(b"400 Bad Request")
+        if self.transport.is_closing():                 # refused just now or before: nothing behind it is read
             return
-        self._reading = False
+        self._reading, self._counted = False, 0
         self._stop_clock()
+        self._waiting.pop(self, None)
         super().on_headers_complete()
+        if self.parser.should_upgrade():                # to nothing that is spoken here; the parser stops at the end of this request
+            self.cycle.keep_alive = False
+
+    def on_body(self, body):
+        self._counted = 0
+        super().on_body(body)
 
     def on_message_complete(self):
         super().on_message_complete()
+        self._stop_clock()
         self._reading, self._counted, self._named = True, 0, 0
 
     def _too_slow(self):
         self._clock = None
-        if self._reading and (self.cycle is None or self.cycle.response_complete):
-            self._refuse(b"408 Request Timeout")
+        if self.cycle is None or self.cycle.response_complete:
+            self._refuse(b"408 Request Timeout") if self._reading else self.transport.close()
 
     def _refuse(self, line):
         if self.transport is not None and not self.transport.is_closing():

@@ -163,7 +163,7 @@ def files_of(body: bytes, content_type: str, *, name: str = "") -> tuple:
     endings = [kind_of(data, h.get("content-type", "")) for h, data in parts]
     return [(e, file_name(name_in(h.get("content-disposition", "")), f"part-{i + 1}{e}"), data) for i, (e, (h, data)) in enumerate(zip(endings, parts))], True
 
-# %% ../../nbs/deployment/06j_handler.ipynb #edd2d564
+# %% ../../nbs/deployment/06j_handler.ipynb #c890016b
 class _Started:
     def __init__(self, settings: ServiceSettings, *, metrics: Metrics | None = None):
         self.settings, self.metrics, self.draining = settings, metrics or Metrics(), None
@@ -175,7 +175,7 @@ class _Started:
         """Open bundles, store and jobs, start the decoders; raises what is wrong with them."""
         self.draining = asyncio.Event()
         folder = self.settings.folder
-        self.store, self.jobs = Store(folder, max_instance_bytes=self.settings.max_body_mb << 20), Jobs(folder / "jobs", most=self.settings.jobs)
+        self.store, self.jobs = Store(folder, max_instance_bytes=self.settings.max_body_mb << 20), Jobs(folder / "jobs", most=self.settings.jobs, streams=self.settings.streams)
         loading = asyncio.gather(*(asyncio.to_thread(_opened, name, self.settings) for name in self.settings.bundles))
         await asyncio.gather(loading, self.decoders.start())
         self.batchers = {b.bundle.name: b for b in loading.result()}

@@ -42,7 +42,7 @@ class Person(NamedTuple):
         """
         return bool(action)
 
-# %% ../../nbs/deployment/06n_page_auth.ipynb #a72d4714
+# %% ../../nbs/deployment/06n_page_auth.ipynb #f1e11b3e
 class LocalAuth:
     """One person, one computer: a token that works once becomes a session cookie. Its methods are what `router` asks of any such object.
 
@@ -60,7 +60,7 @@ class LocalAuth:
     (False, True, False)
     """
 
-    asks_name, cookie = False, "medimg_review"
+    asks_name, cookie, public_url = False, "medimg_review", None
 
     def __init__(self, token: str | None = None, *, name: str = "local"):
         self.token, self.person, self._lock = token or secrets.token_urlsafe(32), Person(name), threading.Lock()
@@ -136,7 +136,7 @@ class LocalAuth:
             `action`, `who`, and ids.
         """
 
-# %% ../../nbs/deployment/06n_page_auth.ipynb #17ac5679
+# %% ../../nbs/deployment/06n_page_auth.ipynb #8d166f46
 class SessionAuth(LocalAuth):
     """Users with passwords and roles, as the service has them.
 
@@ -145,7 +145,7 @@ class SessionAuth(LocalAuth):
     users : object
         With `check(name, password)` that gives a principal or raises a ServiceError.
     sessions : object
-        With `start(principal, old)`, `get(id)`, `end(id)`, `cookie_name` and `tls`, as `medimg.deployment.sessions.Sessions`.
+        With `start(principal, old)`, `get(id)`, `end(id)`, `id_of(header)`, `cookie_name` and `tls`, as `medimg.deployment.sessions.Sessions`.
     throttle : object, optional
         A `medimg.deployment.sessions.LoginThrottle`, which slows down who guesses.
     peer : callable, optional
@@ -165,9 +165,12 @@ class SessionAuth(LocalAuth):
         self.users, self.sessions, self.throttle, self.log = users, sessions, throttle, log
         self.peer = peer or (lambda request: request.client.host if request.client else "")
 
+    def _id(self, request):
+        return self.sessions.id_of(request.headers.get("cookie"))
+
     def _session(self, request):
         try:
-            return self.sessions.get(request.cookies.get(self.sessions.cookie_name))
+            return self.sessions.get(self._id(request))
         except ServiceError:
             return None
 
@@ -201,7 +204,7 @@ class SessionAuth(LocalAuth):
         try:
             if self.throttle:
                 self.throttle.attempt(name, self.peer(request))
-            session = self.sessions.start(self.users.check(name, secret), request.cookies.get(self.sessions.cookie_name))
+            session = self.sessions.start(self.users.check(name, secret), self._id(request))
             if self.throttle:
                 self.throttle.succeeded(name, self.peer(request))
         except ServiceError as error:
@@ -217,7 +220,7 @@ class SessionAuth(LocalAuth):
         ----------
         request, response : starlette objects
         """
-        self.sessions.end(request.cookies.get(self.sessions.cookie_name, ""))
+        self.sessions.end(self._id(request))
         response.delete_cookie(self.sessions.cookie_name, path="/", secure=bool(self.sessions.tls), httponly=True, samesite="strict")
 
     def audit(self, request, event):

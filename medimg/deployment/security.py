@@ -466,17 +466,3 @@ def _refused(reason):
     error = NotAuthenticated("the API key is not valid")
     error.reason = reason
     return error
-
-# %% ../../nbs/deployment/05d_security.ipynb #2f252565
-_ELSEWHERE = {"sessions": ("Sessions", "Session", "Users", "LoginThrottle"),
-              "gate": ("RateLimiter", "headers", "new_nonce", "Peers", "client_ip", "BodyMeter", "tls_context", "check_exposure", "check_origin",
-                       "TooManyRequests", "BadBody"),
-              "scrub": ("Scrub", "scrub")}
-
-
-def __getattr__(name):
-    import importlib
-    for module, names in _ELSEWHERE.items():
-        if name in names:
-            return getattr(importlib.import_module(f"medimg.deployment.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

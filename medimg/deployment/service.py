@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predicted', 'create_app', 'users_file', 'page_action', 'worker_app', 'serve']
 
-# %% ../../nbs/deployment/06_service.ipynb #04d08dda
+# %% ../../nbs/deployment/06_service.ipynb #b792037d
 import asyncio
 import contextlib
 import functools
@@ -20,10 +20,10 @@ from ..config import RESEARCH_USE
 from .batching import Late, Overloaded
 from .decoders import kind_of, plain_study
 from .front import (BadRequest, NotFound, header, new_request_id, problem, read_body, reply_now, status_of)
-from .gate import headers as security_headers
+from .gate import HSTS, headers as security_headers
 from .guard import BY_SESSION, Auditor, Guard, first_key, weaknesses
 from .handler import Handler, admitted_body, files_of, record_json
-from .jobs import FINISHED, public, watch
+from .jobs import FINISHED, public, stream
 from .metrics import Metrics
 from .security import Forbidden, NotAuthenticated
 from .settings import ServiceSettings, from_environ, load_settings, to_environ
@@ -446,7 +446,7 @@ async def _held(scope, receive, settings):
         return messages.pop() if messages else await receive()
     return again
 
-# %% ../../nbs/deployment/06_service.ipynb #19eb9882
+# %% ../../nbs/deployment/06_service.ipynb #9aceeb6e
 def _page_auth(settings, store, shared=None):
     """Users, sessions and the brake on guessing; the last two in a file of the folder `shared` when there are several workers."""
     from medimg.deployment.gate import peer_key
@@ -454,6 +454,8 @@ def _page_auth(settings, store, shared=None):
     from medimg.deployment.sessions import LoginThrottle, Sessions, Users, sign_in
 
     class PageAuth(SessionAuth):
+        public_url = settings.public_url
+
         def principal(self, request):
             request.state.principal = super().principal(request)
             return request.state.principal
@@ -461,7 +463,7 @@ def _page_auth(settings, store, shared=None):
         def login(self, request, response, name, secret):
             request.state.principal = None
             try:
-                session = sign_in(self.users, self.sessions, self.throttle, name=name, password=secret, peer=self.peer(request), old=request.cookies.get(self.sessions.cookie_name))
+                session = sign_in(self.users, self.sessions, self.throttle, name=name, password=secret, peer=self.peer(request), old=self._id(request))
             except ServiceError as error:
                 why = getattr(error, "reason", None) or "busy"
                 request.state.page = {"reason": why, "actor": name if why in ("password", "disabled") else None}
@@ -476,7 +478,7 @@ def _page_auth(settings, store, shared=None):
             request.state.page = {"study_uid": event.get("study") or row.get("study_uid"), "verdict": told[0] if told else None, "bundle": event.get("bundle")}
 
     users, file = Users(users_file(settings)), os.path.join(shared, "sessions.sqlite3") if shared else None
-    return PageAuth(users, Sessions(tls=bool(settings.tls_cert or settings.behind_proxy), users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
+    return PageAuth(users, Sessions(tls=settings.https, users=users, file=file), throttle=LoginThrottle(file=file), peer=lambda r: peer_key(r.client.host) if r.client else "")
 
 # %% ../../nbs/deployment/06_service.ipynb #3cbd8752
 def _add_page(app, shared=None):
@@ -602,7 +604,7 @@ async def _answered_study(app, study, request):
     request.state.records = [record for record, _ in rows]
     return _json({"results": [{**kept, "record": orjson.Fragment(record_json(record))} for record, kept in rows], "research_use": RESEARCH_USE})
 
-# %% ../../nbs/deployment/06_service.ipynb #4415b0b7
+# %% ../../nbs/deployment/06_service.ipynb #b5c9ac01
 def _job_routes(app):
     from fastapi import Request
     from starlette.responses import StreamingResponse
@@ -624,7 +626,7 @@ def _job_routes(app):
     @app.get("/v1/jobs/{number}/events", summary="Progress as server-sent events", tags=["jobs"], response_class=StreamingResponse)
     async def events(number: str, request: Request):
         app.state.handler.jobs.own(number, request.state.principal)
-        return StreamingResponse(watch(app.state.handler.jobs, number, stop=app.state.handler.draining), media_type="text/event-stream")
+        return stream(app.state.handler.jobs, number, request.state.principal.name, stop=app.state.handler.draining)
 
     @app.delete("/v1/jobs/{number}", summary="Stop a job", tags=["jobs"])
     async def cancel(number: str, request: Request):
@@ -774,7 +776,7 @@ def _describe_bodies(paths, answer):
     form = {"schema": {**_FORM["schema"], "properties": {**_FORM["schema"]["properties"], "context": _FACTS["schema"]}}}
     paths["/v1/jobs"]["post"]["requestBody"]["content"] |= {"application/json": _FACTS, "multipart/form-data": form}
 
-# %% ../../nbs/deployment/06_service.ipynb #729cd456
+# %% ../../nbs/deployment/06_service.ipynb #2182882b
 _SETTINGS, _METRICS = "_MEDIMG_SERVICE_SETTINGS", "_MEDIMG_SERVICE_METRICS"
 
 
@@ -792,7 +794,7 @@ def worker_app():
     Scrub().install()                               # whatever a library logs, names and keys are struck out
     settings = from_environ(os.environ[_SETTINGS])
     cv2.setNumThreads(settings.threads or 1)        # more would wait for each other over pictures that take microseconds
-    front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
+    front.set_limits(settings)
     return create_app(settings, metrics_folder=os.environ.get(_METRICS))
 
 
@@ -837,7 +839,7 @@ def serve(settings: ServiceSettings) -> None:
         with _metrics_folder():
             Multiprocess(config, sockets=[listener]).run()
 
-# %% ../../nbs/deployment/06_service.ipynb #3f6a1c67
+# %% ../../nbs/deployment/06_service.ipynb #3e034b17
 def _hints(settings):
     """What the operator should know, on standard error."""
     import sys
@@ -867,11 +869,12 @@ def _metrics_folder():
 
 def _uvicorn(settings):
     from medimg.deployment import front
-    front.LIMITS.update(header_s=settings.header_s, connections=settings.connections)
+    front.set_limits(settings)
+    strict = [HSTS] if settings.tls_cert or settings.behind_proxy and settings.public_url and settings.https else []
     tls = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key, "ssl_context_factory": functools.partial(_tls, settings)} if settings.tls_cert else {}
     return {"host": settings.host, "port": settings.port, "http": front.Protocol, "ws": "none", "lifespan": "on", "access_log": False, "server_header": False,
             "proxy_headers": False, "log_level": "warning", "workers": settings.workers, "timeout_keep_alive": settings.keep_alive_s,
-            "timeout_graceful_shutdown": settings.grace_s, "backlog": 2048, **tls}
+            "timeout_graceful_shutdown": settings.grace_s, "backlog": 2048, "headers": strict, **tls}
 
 
 def _tls(settings, config, default):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ServiceSettings', 'load_settings', 'to_environ', 'from_environ']
 
-# %% ../../nbs/deployment/06i_settings.ipynb #03d0a736
+# %% ../../nbs/deployment/06i_settings.ipynb #5cb7b640
 import ipaddress
 import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .gate import check_exposure, is_loopback, origin_of
 from ..errors import ConfigError, nearest
 
 
@@ -28,14 +29,19 @@ class _Checked:
     def folder(self) -> Path:
         """Where the service keeps things."""
         from medimg.config import cache_dir
-        return Path(self.store).expanduser() if self.store else cache_dir() / "service"
+        return Path(self.store).expanduser().absolute() if self.store else cache_dir() / "service"          # decoders work in folders of their own
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
-# %% ../../nbs/deployment/06i_settings.ipynb #cfe9c159
+    @property
+    def https(self) -> bool:
+        """Whether browsers reach it over TLS: as public_url says, else by a certificate or a proxy that ends TLS."""
+        return self.public_url.lower().startswith("https:") if self.public_url else bool(self.tls_cert or self.behind_proxy)
+
+# %% ../../nbs/deployment/06i_settings.ipynb #147f9886
 @dataclass(frozen=True)
 class _WhoMay(_Checked):
     """The part about people and programs: who may, how often, and where it is written down."""
@@ -49,8 +55,10 @@ class _WhoMay(_Checked):
     review: bool = True                         # the review page below /review/
     rate: float = 0.0                           # requests a second for each key; 0: no limit
     burst: int = 100                            # requests that a key may make at once
+    streams: int = 32                           # event streams that a key or a person may hold open in one worker
+    peer_connections: int = 200                 # connections of one address to one worker; this machine and proxies have no such limit
 
-# %% ../../nbs/deployment/06i_settings.ipynb #64d36242
+# %% ../../nbs/deployment/06i_settings.ipynb #7201a657
 @dataclass(frozen=True)
 class ServiceSettings(_WhoMay):
     """How a service runs; see `load_settings`.
@@ -68,7 +76,7 @@ class ServiceSettings(_WhoMay):
     tls_cert: str | None = None                 # PEM file of the certificate chain
     tls_key: str | None = None                  # PEM file of its private key
     tls_client_ca: str | None = None            # PEM file; clients must then show a certificate
-    public_url: str | None = None               # how clients reach it, for links; None: the address of the socket
+    public_url: str | None = None               # how browsers reach it, such as https://pacs.example; for links, forms and cookies; None: as they ask
     bundles: tuple = ("pneumonia",)             # names or paths; the first is the default
     allow_unsigned: bool = False                # open bundles that no trusted key signed, such as one made a minute ago
     store: str | None = None                    # folder for what is kept; None: a folder in the cache
@@ -90,17 +98,10 @@ class ServiceSettings(_WhoMay):
     jobs: int = 100                             # jobs that may wait
     lean: bool = True                           # answer /v1/predict before FastAPI
 
-# %% ../../nbs/deployment/06i_settings.ipynb #6f36ce90
-def _is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
+# %% ../../nbs/deployment/06i_settings.ipynb #85245009
 def _check_numbers(s):
     for name, low in {"port": 0, "workers": 1, "batch": 1, "queue": 1, "decoders": 1, "decode_mb": 64, "max_body_mb": 1, "max_memory_mb": 1, "connections": 1,
-                      "jobs": 1, "burst": 1, "rate": 0, "deadline_s": 0.01, "decode_s": 0.1, "body_s": 0.1, "header_s": 0.1, "keep_alive_s": 1, "grace_s": 0}.items():
+                      "jobs": 1, "burst": 1, "streams": 1, "peer_connections": 1, "rate": 0, "deadline_s": 0.01, "decode_s": 0.1, "body_s": 0.1, "header_s": 0.1, "keep_alive_s": 1, "grace_s": 0}.items():
         if not low <= getattr(s, name) < 1 << 31:
             raise ConfigError(f"{name} is {getattr(s, name)}", remedy=f"give {low} or more")
     if s.port > 65535 or s.audit not in ("before", "after", "off"):
@@ -109,6 +110,8 @@ def _check_numbers(s):
         raise ConfigError("no bundle is named", remedy="name at least one")
     if bool(s.tls_cert) != bool(s.tls_key):
         raise ConfigError("tls_cert and tls_key go together", remedy="give both or none")
+    if s.public_url is not None and (origin_of(s.public_url) is None or s.tls_cert and not s.https):
+        raise ConfigError(f"public_url {s.public_url[:60]!r}", remedy="write the address that people type, such as https://pacs.example; with tls_cert it begins with https")
     for peer in (*s.peers, *s.proxies):
         try:
             ipaddress.ip_network(peer, strict=False)
@@ -121,8 +124,7 @@ def _check_exposure(s):
         return
     if not s.expose:
         raise ConfigError(f"listening on {s.host} would let other machines in", remedy="say so with expose (medimg serve --expose), after keys and TLS are in place")
-    if not (s.tls_cert or s.behind_proxy):
-        raise ConfigError("exposed without TLS: keys and images would travel readable", remedy="give tls_cert and tls_key, or behind_proxy when a proxy ends TLS")
+    check_exposure(s.host, tls=bool(s.tls_cert), proxy=s.behind_proxy)
     from medimg.deployment.security import KeyRing
     if not KeyRing(s.keys or s.folder / "keys.json").keys():
         raise ConfigError("exposed without a single API key", remedy="make one first: medimg key add NAME --role clinician")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_VERSION', 'MAX_INSTANCE_BYTES', 'MAX_COMMENT', 'MAX_FINDINGS_BYTES', 'VERDICTS', 'Conflict', 'StoreFull',
-           'check_uid', 'Store']
+           'check_uid', 'read_facts', 'Store']
 
 # %% ../../nbs/deployment/06a_store.ipynb #ebf88573
 import contextlib
@@ -208,7 +208,7 @@ def check_uid(uid, what: str = "UID") -> str:
         raise DicomError(f"{what} {printable(uid)[:80]!r} is no UID", remedy="digits and dots, at most 64 characters")
     return uid
 
-# %% ../../nbs/deployment/06a_store.ipynb #7e905e82
+# %% ../../nbs/deployment/06a_store.ipynb #0cc0aa50
 _STUDY_TEXTS = {"patient_id": "PatientID", "patient_name": "PatientName", "patient_sex": "PatientSex", "patient_birth_date": "PatientBirthDate", "patient_age": "PatientAge",
                 "study_date": "StudyDate", "study_time": "StudyTime", "study_id": "StudyID", "accession": "AccessionNumber", "description": "StudyDescription",
                 "referring_physician": "ReferringPhysicianName"}
@@ -231,27 +231,73 @@ def _number(header, keyword):
         return None
 
 
-def _facts(header):
-    """The rows of one instance: identity checked, the rest as far as it can be read."""
-    uids = {k: check_uid(_text(header, w) or "", w) for k, w in (("study_uid", "StudyInstanceUID"), ("series_uid", "SeriesInstanceUID"), ("sop_uid", "SOPInstanceUID"),
-                                                                 ("sop_class", "SOPClassUID"))}
-    series = {"modality": _text(header, "Modality", 16), "number": _number(header, "SeriesNumber"), "description": _text(header, "SeriesDescription"),
-              "body_part": _text(header, "BodyPartExamined", 16)}
-    instance = {"number": _number(header, "InstanceNumber"), "rows": _number(header, "Rows"), "columns": _number(header, "Columns"),
-                "frames": _number(header, "NumberOfFrames"), "syntax": header.syntax[:64] or None, "patient_id": _text(header, "PatientID")}
-    return uids, series, instance
+def read_facts(path, *, whole: bool = False) -> dict:
+    """What the rows of one instance are made of, as far as it can be read; for a file of a stranger called inside a decoder.
 
-# %% ../../nbs/deployment/06a_store.ipynb #8cba4c0b
+    Parameters
+    ----------
+    path : str or Path
+        A DICOM file.
+    whole : bool
+        With `study`, the texts of its study, for which the whole header is read.
+
+    Returns
+    -------
+    dict
+        `uids`, `series`, `instance` and perhaps `study`: dicts of texts, numbers and None.
+
+    Raises
+    ------
+    DicomError
+        When it is no DICOM file.
+
+    Examples
+    --------
+    >>> from pydicom.data import get_testdata_file
+    >>> read_facts(get_testdata_file("CT_small.dcm"))["series"]["modality"]
+    'CT'
+    """
+    from medimg.data.dicom_peek import peek
+    header = peek(path)
+    found = {part: {k: (_number if k in _NUMBERS else _text)(header, w) for k, w in rows.items()} for part, rows in _ROWS_OF.items()}
+    found["instance"]["syntax"] = header.syntax
+    return found | ({"study": {k: _text(header.full(), w) for k, w in _STUDY_TEXTS.items()}} if whole else {})
+
+# %% ../../nbs/deployment/06a_store.ipynb #f927254f
+_NUMBERS = {"number", "rows", "columns", "frames"}
+_ROWS_OF = {"uids": {"study_uid": "StudyInstanceUID", "series_uid": "SeriesInstanceUID", "sop_uid": "SOPInstanceUID", "sop_class": "SOPClassUID"},
+            "series": {"modality": "Modality", "number": "SeriesNumber", "description": "SeriesDescription", "body_part": "BodyPartExamined"},
+            "instance": {"number": "InstanceNumber", "rows": "Rows", "columns": "Columns", "frames": "NumberOfFrames", "patient_id": "PatientID"}}
+
+
+def _checked(facts, part, names):
+    """One dict of what `read_facts` gave, which may come from a decoder that a file has taken over: known names, short texts, numbers."""
+    try:
+        row = {k: facts[part].get(k) for k in names}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DicomError("its header was read as nonsense") from error
+    limit = {"modality": 16, "body_part": 16, "syntax": 64}
+    return {k: (v if type(v) is int and abs(v) < 1 << 31 else None) if k in _NUMBERS else (printable(v)[:limit.get(k, 256)].strip() or None) if isinstance(v, str) else None for k, v in row.items()}
+
+
+def _facts(facts):
+    """The rows of one instance: identity checked, the rest as it could be read."""
+    uids = {k: check_uid(v or "", _ROWS_OF["uids"][k]) for k, v in _checked(facts, "uids", _ROWS_OF["uids"]).items()}
+    return uids, _checked(facts, "series", _ROWS_OF["series"]), _checked(facts, "instance", (*_ROWS_OF["instance"], "syntax"))
+
+# %% ../../nbs/deployment/06a_store.ipynb #a4d72dff
 class _Inbox(_Opened):
     """Instances in, rows out."""
 
-    def add_instance(self, data: bytes) -> dict:
+    def add_instance(self, data: bytes, *, read=read_facts) -> dict:
         """Keep one DICOM file; when this returns, its bytes and its row are on the disk.
 
         Parameters
         ----------
         data : bytes
             A whole file (PS3.10).
+        read : callable
+            `read(path, whole=…)` gives what `read_facts` does; the service asks a decoder.
 
         Returns
         -------
@@ -273,13 +319,12 @@ class _Inbox(_Opened):
             raise StoreFull("no room for another instance", path=self.folder.name, remedy="free some space")
         digest, part = hashlib.sha256(data).hexdigest(), self.folder / "incoming" / f"{os.getpid()}-{secrets.token_hex(8)}.dcm"
         try:
-            header = self._flushed(part, data)
-            uids, series, instance = _facts(header)
+            uids, series, instance = _facts(self._flushed(part, data, read))
             place = Path("instances", uids["study_uid"], uids["series_uid"], f"{uids['sop_uid']}-{digest[:12]}.dcm")
             row = {**instance, "sha256": digest, "bytes": len(data), "path": place.as_posix()}
             if new := not self._known(uids, digest, len(data)):
                 _make_folder((self.folder / place).parent)
-                study = {k: _text(header.full(), w) for k, w in _STUDY_TEXTS.items()} if not self._has("studies", "study_uid", uids["study_uid"]) else {}
+                study = _checked(read(part, whole=True), "study", _STUDY_TEXTS) if not self._has("studies", "study_uid", uids["study_uid"]) else {}
                 os.replace(part, self.folder / place)
                 _fsync_dir((self.folder / place).parent)
                 new = self._insert(uids, study, series, row)
@@ -289,7 +334,7 @@ class _Inbox(_Opened):
         finally:
             part.unlink(missing_ok=True)
 
-# %% ../../nbs/deployment/06a_store.ipynb #e65cefd8
+# %% ../../nbs/deployment/06a_store.ipynb #964f5515
 def _same(kept, wanted, what, uid):
     if kept != wanted:
         raise Conflict(f"{what} {uid} is kept with another {'content' if what == 'instance' else 'study' if what == 'series' else 'patient'}",
@@ -299,15 +344,14 @@ def _same(kept, wanted, what, uid):
 class _Rows(_Inbox):
     """What `add_instance` asks of the tables."""
 
-    def _flushed(self, part, data):
-        """The header of bytes that are on the disk under a temporary name."""
-        from medimg.data.dicom_peek import peek
+    def _flushed(self, part, data, read):
+        """The facts of bytes that are on the disk under a temporary name."""
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
             file.flush()
-            header = peek(part)
+            facts = read(part)
             os.fsync(file.fileno())
-        return header
+        return facts
 
     def _has(self, table, key, value):
         return self._db().execute(f"SELECT * FROM {table} WHERE {key}=?", (value,)).fetchone()  # noqa: S608 (names from this file)

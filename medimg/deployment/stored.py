@@ -6,7 +6,7 @@
 __all__ = ['image_paths', 'studies_in', 'load_stored', 'latest_prior', 'read_context', 'context_in', 'asked_of', 'Given',
            'given_of', 'StudyJobs', 'dicom_of', 'keep', 'answer_stored']
 
-# %% ../../nbs/deployment/06l_stored.ipynb #5fbc383e
+# %% ../../nbs/deployment/06l_stored.ipynb #8e5839f4
 import asyncio
 import re
 import tempfile
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .batching import Overloaded
 from .front import BadRequest, NotFound, parts_of
-from .jobs import error_record, watch
+from .jobs import error_record, stream
 from ..errors import DatasetError, MedimgError
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -361,7 +361,7 @@ async def given_of(handler, bundle: str | None, study_uid: str | None, asked: di
             notes = (f"not compared with the earlier study ({error.what})",)
     return Given(asked.get("context"), before, notes)
 
-# %% ../../nbs/deployment/06l_stored.ipynb #f3e08e00
+# %% ../../nbs/deployment/06l_stored.ipynb #e382e7df
 class StudyJobs:
     """What the review page (`medimg.deployment.review`) asks of a service: which bundles there are, and jobs on kept studies.
 
@@ -409,14 +409,16 @@ class StudyJobs:
             raise NotFound("no such job", remedy="jobs are kept for a day")
         return row
 
-    def events(self, number: str):
-        """The progress of a job, see `medimg.deployment.jobs.watch`.
+    def events(self, number: str, principal):
+        """The answer with the progress of a job, see `medimg.deployment.jobs.stream`.
 
         Parameters
         ----------
         number : str
+        principal : object
+            With `name`.
         """
-        return watch(self._handler.jobs, number, stop=self._handler.draining)
+        return stream(self._handler.jobs, number, principal.name, stop=self._handler.draining)
 
     def cancel(self, number: str) -> dict:
         """Stop a job.

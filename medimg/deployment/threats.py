@@ -48,7 +48,7 @@ class Threat:
 def _rows(file, *rows):
     return tuple(Threat(kind, where, threat, control, tuple(f"{file}::{name}" for name in names.split())) for kind, where, threat, control, names in rows)
 
-# %% ../../nbs/deployment/05g_threats.ipynb #92d98531
+# %% ../../nbs/deployment/05g_threats.ipynb #1d79f06f
 _WHO = _rows(
     "test_security.py",
     ("S", "gate", "guess, alter or invent an API key", "256 random bits, HMAC with a pepper, constant-time comparison", "test_no_other_token_is_taken test_keys_are_kept_as_openssl_hmac"),
@@ -56,7 +56,8 @@ _WHO = _rows(
     ("S", "gate", "guess a password", "argon2id, 15 characters, waiting times by pair, address and name", "test_passwords_are_argon2id_by_another_implementation test_a_hundred_attempts_at_once_count_as_a_hundred test_weak_passwords_are_refused"),
     ("S", "browser", "forge, fix or replay a session", "random ids kept as hashes, new id at login, ended at logout, by idleness and by age",
      "test_forged_sessions_are_refused test_login_rotates_the_id test_a_session_replayed_after_logout_is_refused test_sessions_end_by_idleness_and_by_age"),
-    ("S", "browser", "send a form from another site", "SameSite=Strict, CSRF token of the session, Origin and Sec-Fetch-Site", "test_csrf_tokens_are_bound_to_their_session test_requests_of_other_sites_are_refused test_cookie_as_python_reads_it"),
+    ("S", "browser", "send a form from another site", "SameSite=Strict, CSRF token of the session, Origin and Sec-Fetch-Site",
+     "test_csrf_tokens_are_bound_to_their_session test_requests_of_other_sites_are_refused test_an_origin_is_what_a_browser_makes_of_an_address test_cookie_as_python_reads_it"),
     ("S", "gate", "claim another address", "forwarded addresses from named proxies only, read from the right", "test_forwarded_addresses test_peers_like_ipaddress"),
     ("E", "gate", "a viewer does what an admin may", "one permission table; what is not in it is forbidden", "test_a_viewer_cannot_do_what_an_admin_can test_unknown_actions_are_forbidden_to_all test_the_table_is_ordered_and_closed"),
     ("E", "disk", "add a key by writing to the key file", "the pepper lies elsewhere", "test_who_can_write_the_file_cannot_make_a_key"),
@@ -64,7 +65,7 @@ _WHO = _rows(
     ("D", "gate", "lock a colleague out by wrong passwords", "longest wait of a name one minute", "test_guessing_is_slow_and_nobody_is_locked_out"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #e0181285
+# %% ../../nbs/deployment/05g_threats.ipynb #f66d932b
 _WHAT = _rows(
     "test_security.py",
     ("I", "gate", "listen on the wire", "no service beyond loopback without TLS 1.2 with forward secrecy", "test_tls_as_openssl_sees_it test_tls_files_are_checked test_clients_show_a_certificate"),
@@ -73,7 +74,6 @@ _WHAT = _rows(
     ("T", "logs", "forge a line or steer the reader's terminal", "one record is one line, no control characters", "test_a_forged_line_stays_one_line test_any_text_becomes_one_harmless_line"),
     ("T", "browser", "run a script by a forged patient name", "content policy without inline scripts, nosniff, no frames", "test_a_browser_obeys_the_policy test_headers_hold_what_they_should"),
     ("D", "gate", "too many requests", "token bucket each, exact in bounded memory", "test_rate_limiter_never_lets_more_through_than_an_unbounded_model test_retry_after_is_true"),
-    ("D", "gate", "a body too large, misstated, or one byte a minute", "length, count and rate judged while it arrives", "test_bodies"),
     ("D", "gate", "fill the table of sessions or of the brake", "bounded tables", "test_sessions_are_bounded test_the_throttle_is_bounded_and_forgives"),
     ("D", "logs", "hostile text that makes a pattern run for hours", "patterns in linear time", "test_scrubbing_is_fast_enough"),
 ) + _rows(
@@ -113,7 +113,7 @@ _FILES = _rows(
     ("T", "supply", "a component with a known hole, unnoticed", "bill of materials, pip-audit", "test_sbom_lists_exactly_the_locked_packages test_lint_asks_for_known_holes"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #f4731e8b
+# %% ../../nbs/deployment/05g_threats.ipynb #cb67f746
 _SERVICE = _rows(
     "test_service.py",
     ("E", "service", "a route that somebody forgot to protect", "a guard before the framework; what is not in its table is for administrators", "test_every_route_asks_for_a_key test_keys_roles_and_expiry"),
@@ -126,13 +126,32 @@ _SERVICE = _rows(
     ("I", "service", "listen to it from the network by accident", "loopback, until exposure is said and has keys and TLS", "test_it_does_not_open_itself_to_others"),
     ("I", "service", "find patients in its log, metrics or audit", "no text of a file in any of them", "test_no_patient_in_log_metrics_or_audit"),
     ("S", "service", "a header that claims an allowed address", "only the connection's address counts", "test_a_forged_address_is_not_believed"),
-) + _rows(
+)
+
+# %% ../../nbs/deployment/05g_threats.ipynb #25480a44
+_ATTACKS = _rows(
     "test_attacks.py",
     ("D", "service", "bodies whose length nobody states, or that break off", "counted as they come, let go at once", "test_bodies_of_unstated_length_count_too test_broken_uploads_leave_nothing_in_memory"),
-    ("D", "service", "headers that take minutes to read, brought by STOW", "threads of their own", "test_slow_headers_brought_by_stow_keep_nobody_waiting"),
+    ("D", "service", "headers that take minutes to read, brought by STOW", "read by decoders, part by part, and one decoder is left for answers", "test_slow_headers_brought_by_stow_keep_nobody_waiting"),
+    ("E", "service", "a header that takes over its reader, brought by STOW", "no header is read in the service", "test_a_header_brought_by_stow_can_kill_a_decoder_and_nothing_else"),
+    ("D", "service", "a thousand connections that say nothing, or all of one address", "the one that waited longest makes room for the newcomer; a share for each address",
+     "test_silent_connections_shut_nobody_out test_one_address_takes_no_more_than_its_share"),
+    ("D", "service", "a refused request whose body never ends, fields without end behind a body", "a clock from the answer on, bytes that are no body are counted",
+     "test_the_body_of_a_refused_request_is_not_waited_for test_what_is_no_body_has_an_end"),
+    ("T", "service", "a second request hidden behind one that is refused, folded, or changes the protocol", "one reading or none; the connection ends with what is in doubt", "test_what_stands_behind_a_request_is_read_as_one_reader_would"),
+    ("S", "service", "a key or an address in fields behind the body, which no proxy saw", "such fields are dropped", "test_a_field_behind_the_body_is_no_header"),
+    ("D", "service", "event streams by the hundred", "a limit for each key and person", "test_two_hundred_streams_hinder_nobody_and_end_with_their_job"),
+    ("I", "browser", "lead a doctor to the page without TLS", "Strict-Transport-Security wherever there is TLS; cookies for TLS alone", "test_browsers_come_back_over_tls_only_where_there_is_tls"),
+    ("S", "review page", "a form from another site, behind a proxy that changes Host", "Origin compared with the stated address", "test_a_browser_signs_in_through_nginx_as_it_comes"),
     ("D", "review page", "lock out all behind one proxy by wrong passwords", "the address that a named proxy saw", "test_the_brake_knows_who_is_behind_the_proxy"),
     ("R", "service", "a refusal that was not logged", "503, whoever refused", "test_a_refusal_that_cannot_be_logged_is_no_fault"),
 ) + _rows(
+    "test_store.py",
+    ("T", "store", "a decoder that a file has taken over, and lies", "known names, short texts, numbers; identifiers are checked", "test_what_a_decoder_says_is_checked"),
+)
+
+# %% ../../nbs/deployment/05g_threats.ipynb #e8e8c6d9
+_PAGE = _rows(
     "test_service_page.py",
     ("S", "review page", "open it with a key, an old cookie or none", "a session of its own, ended at logout on the server", "test_the_page_asks_for_a_session test_a_session_replayed_after_logout_is_refused_by_the_service"),
     ("S", "review page", "a label sent by another site or without the form's token", "CSRF token of the session, Origin, Sec-Fetch-Site", "test_forged_forms_change_nothing"),
@@ -144,8 +163,8 @@ _SERVICE = _rows(
     ("T", "store", "an answer that is answered again, without end", "what medimg wrote is no image to a model", "test_a_kept_study_is_answered_and_given_back_as_dicom"),
 )
 
-# %% ../../nbs/deployment/05g_threats.ipynb #3de40d53
-THREATS = _WHO + _WHAT + _FILES + _SERVICE
+# %% ../../nbs/deployment/05g_threats.ipynb #c81ba2c0
+THREATS = _WHO + _WHAT + _FILES + _SERVICE + _ATTACKS + _PAGE
 
 
 def threat_table(threats=THREATS, *, kind: str | None = None) -> str:
