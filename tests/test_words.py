@@ -196,6 +196,42 @@ def test_a_recommendation_on_the_chinese_page(case):
     assert words.translated(original.replace("&gt;", ">").replace("&lt;", "<"), "zh")[0] in said.replace("\n", " ")
 
 
+def test_a_recommendation_on_the_review_page():
+    from medimg.deployment.recommend import recommend
+    from medimg.deployment.review import _recommended
+    (row,) = recommend([{"type": "solid", "mean_diameter_mm": 7.0}], {"age_years": 61, "screening": False, "known_cancer": False, "immunosuppressed": False, "prior_ct": False}, names=["fleischner-2017"])
+    zh, en = _recommended(row, "zh"), _recommended(row, "en")
+    assert zh["said"]["guideline"]["text"] == "Fleischner 学会：偶然发现的肺结节" and "若肺癌风险为低 → 6-12 个月时复查 CT" in zh["said"]["text"]["text"] and not zh["said"]["text"]["attr"]
+    assert "肺癌风险" in zh["missing"] and "邻近胸膜" in zh["missing"] and "年龄（岁）: 61" in zh["used"] and "size: 7.0 mm" in en["used"]
+    assert en["said"]["text"]["text"] == zh["text"] == row["text"]
+    strange = _recommended({**row, "text": "ask the aunt", "inputs_missing": ["her_name"]}, "zh")
+    assert strange["said"]["text"] == {"text": "ask the aunt", "attr": ' lang="en"'} and strange["missing"] == "her name"
+
+
+def test_one_rounding_of_a_probability_everywhere():
+    """What a network says with certainty is printed alike by card, terminal, repr and the picture for the archive, never as a promise."""
+    from medimg.cli import answers_text
+    from medimg.deployment.dicom_pictures import _lines
+    for p, said in ((1.0, "> 0.99"), (0.9996, "> 0.99"), (0.994, "0.99"), (0.5, "0.50"), (0.004, "< 0.01"), (0.0, "< 0.01")):
+        answer = film(probability={"normal": 1 - p, "pneumonia": p}, warnings=())
+        assert words.chance(p) == said and card(answer)["p"] == card(answer)["bars"][0]["shown"] == said
+        assert f"pneumonia  {said} " in answers_text([answer]) and f"P(pneumonia) = {said}" in repr(answer) and said in _lines(answer, "en")[0]
+        assert not any(promise in text for text in (answers_text([answer]), repr(answer), *_lines(answer, "en")) for promise in ("1.00", "0.00"))
+
+
+def test_the_limits_of_a_card_name_the_classes_of_the_bundle(monkeypatch):
+    from medimg.deployment.bundle import Bundle
+    from medimg.experiments import protocol
+    from medimg.reproduction import known_limits
+    bundle = Bundle.load("pneumonia")
+    assert known_limits("pneumonia", bundle.classes) in bundle.card and known_limits("pneumonia", ("clear", "opacity")) == ""
+    figures = protocol.stored_results()["uncertainty-pneumonia"]["figures"]
+    three = {**figures, **{key.replace("normal", "grade 2"): value for key, value in figures.items()}, **{key.replace("coverage[0]", "coverage[2]"): value for key, value in figures.items()}}
+    monkeypatch.setattr(protocol, "stored_results", lambda: {"uncertainty-pneumonia": {"figures": three}})
+    said = known_limits("pneumonia", ("normal", "pneumonia", "grade 2"))
+    assert "of normal, pneumonia and grade 2" in said and "of grade 2)" in said
+
+
 def test_notes_come_in_parts():
     """Records with codes and records from before say the same; what the set says is not said twice, whatever the words of the note."""
     from medimg.deployment import predict

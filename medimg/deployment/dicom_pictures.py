@@ -6,7 +6,7 @@
 __all__ = ['Stamp', 'read_sources', 'on_sources', 'settle', 'maker', 'segments_of', 'segmentation', 'heat_map_object',
            'stamped_picture', 'capture']
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #eb5d60a4
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #481a0339
 import hashlib
 import uuid
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import numpy as np
 from ..config import RESEARCH_USE
 from ..data.segmentations import _complete, _header, _highdicom, segment_code
 from .key_slices import key_slices
-from .words import plain, say, term
+from .words import chance, plain, say, term
 from ..errors import ConfigError, DicomError, GeometryError, printable
 from ..plots import heatmap_overlay
 
@@ -455,14 +455,14 @@ def _fit(image, width, height, keep=False):
     top, left = (height - size[1]) // 2, (width - size[0]) // 2
     return np.pad(out, ((top, height - size[1] - top), (left, width - size[0] - left), (0, 0)))
 
-# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #84ee7bd1
+# %% ../../nbs/deployment/05c_dicom_pictures.ipynb #ab63bd9f
 def _lines(p, lang):
     """What stands below the pictures: verdict, findings, model."""
     joint, model = say("list", lang), p.model or {"name": "–", "version": "–"}
     lines = [say({"refused": "no_answer", "error": "not_readable"}[p.status], lang)] if p.status != "answered" else []
     if p.status == "answered" and p.label:
-        chance = f"{say('probability', lang)} {p.probability[p.label]:.2f}" if p.probability else ""
-        lines = [joint.join(filter(None, (term(p.label, lang), chance)))]
+        sure = f"{say('probability', lang)} {chance(p.probability[p.label])}" if p.probability else ""
+        lines = [joint.join(filter(None, (term(p.label, lang), sure)))]
     elif p.status == "answered" and p.task == "detection":
         lines = [say("n_findings", lang, n=len(p.findings))] + [_finding_line(k, f, lang) for k, f in enumerate(p.findings[:3], 1)]
     return [plain(line)[:90] for line in (*lines, f"{say('model', lang)}: {model['name']} {model['version']}")]
