@@ -177,9 +177,9 @@ class Prediction(_InMemory):
         """The record from JSON `text` or bytes; see the function `from_json`."""
         return from_json(text)
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #deb03c12
+# %% ../../nbs/deployment/03a_prediction.ipynb #0b88a1b0
 def _summary(p):
-    sure = f", P({p.label}) = {chance(p.probability[p.label])}" if p.label and p.probability else ""
+    sure = f", P({p.label}) = {chance(p.probability[p.label])}".replace("= >", ">").replace("= <", "<") if p.label and p.probability else ""
     found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
 
