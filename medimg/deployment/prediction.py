@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_VERSION', 'STUDY_FIELDS', 'Finding', 'Prediction', 'prediction_schema', 'to_dict', 'from_json']
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #c14db585
+# %% ../../nbs/deployment/03a_prediction.ipynb #332ba792
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -15,7 +15,6 @@ import numpy as np
 
 from ..config import RESEARCH_USE
 from .manifest import check_schema, decode, encode
-from .words import chance
 
 #: Version of the record's form.
 PREDICTION_VERSION = "1"
@@ -177,8 +176,9 @@ class Prediction(_InMemory):
         """The record from JSON `text` or bytes; see the function `from_json`."""
         return from_json(text)
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #0b88a1b0
+# %% ../../nbs/deployment/03a_prediction.ipynb #d5eda910
 def _summary(p):
+    from medimg.deployment.words import chance
     sure = f", P({p.label}) = {chance(p.probability[p.label])}".replace("= >", ">").replace("= <", "<") if p.label and p.probability else ""
     found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
