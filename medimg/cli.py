@@ -961,7 +961,7 @@ def watch(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, 
         for one in row["predictions"]:
             _say({"again": row["again"], "latency_s": row["latency_s"], "file": row["file"], "prediction": one.to_dict()}, f"{one}  {row['latency_s']:.1f} s  {row['file']}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #fc5e3493
+# %% ../nbs/foundations/cli.ipynb #fa97a86d
 def answers_text(answers) -> str:
     """Predictions as a table for people.
 
@@ -981,9 +981,10 @@ def answers_text(answers) -> str:
     True
     """
     from medimg.config import RESEARCH_USE
+    from medimg.deployment.words import chance
     rows, models = [], set()
     for a in answers:
-        p = f"{a.probability[a.classes[-1]]:.2f}" if a.probability and a.status == "answered" else "-"
+        p = chance(a.probability[a.classes[-1]]) if a.probability and a.status == "answered" else "-"
         why = "; ".join((*a.reasons, *((a.error or {}).get("what", ""),) * (a.status == "error"))) or "; ".join(a.warnings) or "-"
         found = f"{len(a.findings)} finding{'s' * (len(a.findings) != 1)}" if a.task in ("detection", "segmentation") and a.status == "answered" else "-"
         rows.append((a.source, a.status, a.label or found, p, why))

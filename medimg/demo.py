@@ -293,7 +293,7 @@ def _archive(answered, patient, folder):
     files = write_dicom(answered[0], patient["ct"], folder / "ct", kinds=("sr", "seg", "sc"))
     return [str(path) for path in (*files, *write_dicom(answered[1], [patient["cxr"]], folder / "cxr"))]
 
-# %% ../nbs/foundations/demo.ipynb #48754e0b
+# %% ../nbs/foundations/demo.ipynb #4c332849
 def demo_text(result: dict) -> str:
     """What `medimg demo` prints for people.
 
@@ -311,10 +311,11 @@ def demo_text(result: dict) -> str:
     >>> print(demo_text(run_demo("demo")).splitlines()[0])                                  # doctest: +SKIP
     READ
     """
+    from medimg.deployment.words import chance
     rows = [(s["modality"], s["description"] or "-", s["n_files"], " × ".join(map(str, s["shape"] or ())), "; ".join(f["text"] for f in s["findings"]) or "no findings") for s in result["series"]]
     follow_up = next((r for a in result["answers"] for r in a["recommendations"] if r["status"] == "applies"), None)
     screening = [(_kind_and_size(row["planted"]), _kind_and_size(row["found"]), "-" if row["off_mm"] is None else f"{row['off_mm']:.1f} mm") for row in result["screening"]]
-    answers = [(a["model"]["name"], a["source"][:44], a["status"], a["label"] or "-", f"{a['probability'][a['classes'][-1]]:.2f}" if a["probability"] else "-",
+    answers = [(a["model"]["name"], a["source"][:44], a["status"], a["label"] or "-", chance(a["probability"][a["classes"][-1]]) if a["probability"] else "-",
                 (a["reasons"] or ["-"])[0]) for a in result["answers"]]
     heat = result["heat_map"]
     pointing = ("no heat map: the planted opacity was not called" if heat["peak_inside"] is None else

@@ -235,23 +235,25 @@ def _experiment(name, *, update, log, progress, **settings):
         store_result(result, home)
     return result
 
-# %% ../nbs/foundations/reproduction.ipynb #6c81714f
+# %% ../nbs/foundations/reproduction.ipynb #81c2136e
 def _pack(r, run, dataset, tested, out):
     """Build the bundle of a finished run."""
     from medimg.data.datasets import drop_shared
     from medimg.deployment.bundle import bundle_of_run
     metrics = {"split": "test", "n": tested["n"], "interval": tested["interval"], **tested["metrics"]}
     return bundle_of_run(out / "bundle", out / "run", drop_shared(dataset, quiet=True), name=r.name, version=r.version, input=r.input, population=r.population, metrics=metrics,
-                         coverage=r.coverage, notes=known_limits(r.name))
+                         coverage=r.coverage, notes=known_limits(r.name, dataset.classes))
 
 
-def known_limits(name: str) -> str:
-    """What a stored experiment found out about the prediction sets of a bundle, in words for its card; empty when none looked.
+def known_limits(name: str, classes) -> str:
+    """What a stored experiment found out about the prediction sets of a bundle, in words for its card; empty when none looked at these classes.
 
     Parameters
     ----------
     name : str
         Of the bundle; the experiment is `uncertainty-NAME`.
+    classes : sequence of str
+        Of the bundle, in its order.
 
     Returns
     -------
@@ -259,21 +261,26 @@ def known_limits(name: str) -> str:
 
     Examples
     --------
-    >>> known_limits("phantom-cxr")
+    >>> known_limits("phantom-cxr", ("clear", "opacity"))
     ''
     """
     from medimg.experiments.protocol import stored_results
     figures = stored_results().get(f"uncertainty-{name}", {}).get("figures", {})
     said = lambda key: "{value:.1%} [{low:.1%}, {high:.1%}]".format(**figures[key])
-    if "test: coverage, plain" not in figures:
+    if any(f"test: coverage[{c}], plain" not in figures for c in classes):
         return ""
-    both = lambda key, how: " and ".join(f"{said(key.format(how=how, c=c))} of {c}" for c in ("normal", "pneumonia"))
-    held = {how: both("test: coverage[{c}], {how}", how) for how in ("plain", "by class")}
-    home = {how: " and ".join(said(f"validation: {how}: coverage[{c}]") for c in (0, 1)) for how in held}
-    return (f"One limit for all classes was kept. Over halvings of the validation fold it held the truth in {home['plain']} of normal and pneumonia, limits by class in {home['by class']}: more even on "
+    held = {how: _listed(f"{said(f'test: coverage[{c}], {how}')} of {c}" for c in classes) for how in ("plain", "by class")}
+    home = {how: _listed(said(f"validation: {how}: coverage[{k}]") for k in range(len(classes))) for how in held}
+    return (f"One limit for all classes was kept. Over halvings of the validation fold it held the truth in {home['plain']} of {_listed(classes)}, limits by class in {home['by class']}: more even on "
             f"average, but a limit from the cases of one class wanders. On the test fold, another mixture of patients, sets promised at 90% with one limit held the truth in {said('test: coverage, plain')} of images "
             f"({held['plain']}); with limits by class in {said('test: coverage, by class')} ({held['by class']}). The choice was made knowing these test figures, so they are no independent proof of it. "
             f"Experiment uncertainty-{name}.")
+
+
+def _listed(parts):
+    """One, two and three."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 # %% ../nbs/foundations/reproduction.ipynb #70f7cc13
 def _save(result, path):

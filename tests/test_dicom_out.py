@@ -286,6 +286,20 @@ def test_hostile_names(cxr, tmp_path):
     no_faults(paths)
 
 
+@pytest.mark.parametrize("kind", ["sr", "seg", "sc", "pm"])
+def test_no_answer_is_written_into_another_series(kind, ct, tmp_path):
+    """Same shape, same place, another patient: only the UID of the series tells; nothing is written, whatever the kind."""
+    case, folder = ct
+    answer, neighbour = toy_detection(case), read_sources(folder)
+    own = replace(answer, study={**answer.study, "series_uid": str(neighbour[0].SeriesInstanceUID)}, heat_map=(answer.mask > 0).astype("float32"))
+    assert [p.name for p in write_dicom(own, folder, tmp_path / "own", kinds=(kind,))] == [f"{kind}.dcm"]
+    for h in neighbour:
+        h.PatientID, h.StudyInstanceUID, h.SeriesInstanceUID = "another", "2.25.8", "2.25.7"
+    with pytest.raises(DicomError, match="2.25.7"):
+        write_dicom(own, neighbour, tmp_path / "out", kinds=(kind,))
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_or_none(ct, cxr, tmp_path, monkeypatch):
     case, folder = ct
     answer, out = toy_detection(case), tmp_path / "out"

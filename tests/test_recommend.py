@@ -77,6 +77,23 @@ def test_35_years_is_old_enough():
     assert answer["status"] == "applies"
 
 
+def test_the_form_of_a_lymph_node_needs_no_follow_up():
+    """Fleischner 2017, text on perifissural nodules: only for the stated form, solid, small, not growing; named as missing where it would change the answer."""
+    def ask(mm=7, kind="solid", growth=None, **facts):
+        nodule = {"type": kind, "mean_diameter_mm": mm, "growth": growth}
+        return recommend([nodule], PatientContext(**FIT, risk="high", prior_ct=growth is not None, nodules={0: facts}), names=["fleischner-2017"])[0]
+    grown, same = ({"relation": "matched", "prior_mean_diameter_mm": before, "interval_days": 200} for before in (5.0, 7.0))
+    for growth in (None, same, {"relation": "new"}):
+        answer = ask(juxtapleural=True, growth=growth)
+        assert (answer["status"], answer["rule"], answer["category"]) == ("applies", "FL-lymph-node", None) and "no follow-up" in answer["text"] and "our reading" in answer["reason"]
+    assert "juxtapleural" in ask()["inputs_missing"] and ask()["text"] == ask(juxtapleural=False)["text"] == "CT at 6-12 months, then CT at 18-24 months"
+    assert ask(9.4, juxtapleural=True)["rule"] == "FL-lymph-node" and ask(9.5, juxtapleural=True)["rule"] == "FL-solid-1-high-gt8"
+    assert ask(juxtapleural=True, growth=grown)["rule"] == "FL-grown" and ask(kind="ground-glass", juxtapleural=True)["rule"] == "FL-ggn-1-ge6"
+    assert all("juxtapleural" not in ask(**facts)["inputs_missing"] for facts in ({"mm": 12}, {"kind": "ground-glass"}, {"growth": grown}))
+    for closed in ({"known_cancer": True}, {"screening": True}):
+        assert recommend([{"type": "solid", "mean_diameter_mm": 7}], PatientContext(**{**FIT, **closed}, nodules={0: {"juxtapleural": True}}), names=["fleischner-2017"])[0]["status"] == "not applicable"
+
+
 # ---- Lung-RADS v2022, row by row -------------------------------------------------------------------------------------------------
 CYSTS = {"growing cystic component": [{"cyst": "thick-walled", "cyst_change": "cyst grows"}],
          "baseline": [{"cyst": c, "cyst_change": "none", "status": "baseline"} for c in ("thick-walled", "multilocular")] + [{"cyst": "thin-walled", "cyst_change": "becomes multilocular"}]}
@@ -133,6 +150,16 @@ def test_lung_rads_4x(table):
             inputs = {"screening": True, "nodules": 1, "solid": solid or {"mm": 3.0}, "size": size or {"mm": 12.0}, **facts, "suspicious_features": True}
             expected = "4X" if row["category"] in ("3", "4A", "4B") else row["category"]
             assert decide(RADS, inputs)["category"] == expected, (row, inputs)
+
+
+@pytest.mark.parametrize("level, status, category, ours", [("segmental or more proximal", "baseline", "4A", False), ("segmental or more proximal", "new", "4A", True), ("segmental or more proximal", "stable", "4B", True),
+                                                           ("segmental or more proximal", "slowly growing", "4B", True), ("segmental or more proximal", "crossed", "4B", True), ("subsegmental", "baseline", "2", False),
+                                                           ("subsegmental", "new", "2", False), ("subsegmental", "stable", "2", False), ("subsegmental", "decreased", "2", True)])
+def test_an_answer_says_where_it_is_our_reading(level, status, category, ours):
+    answer = decide(RADS, {"screening": True, "nodules": 1, "structure": "airway", "airway_level": level, "status": status, "size": {"mm": 7.0}})
+    assert answer["category"] == category and ("our reading: " in answer["reason"]) == ours
+    worse = decide(RADS, {"screening": True, "nodules": 1, "structure": "airway", "airway_level": level, "status": status, "size": {"mm": 7.0}, "suspicious_features": True})
+    assert worse["category"] == ("4X" if category != "2" else "2") and ("our reading" in worse["reason"]) == (ours and category == "2")
 
 
 @pytest.mark.parametrize("screening, status", [(False, "not applicable"), (None, "not assessable"), (True, "applies")])
@@ -381,7 +408,8 @@ def test_unknown_guidelines_are_named(names):
 
 
 @pytest.mark.parametrize("break_it", [lambda g: g["rules"][0].pop("source"), lambda g: g["rules"][3]["when"].update(colour=["red"]), lambda g: g["rules"].append(g["rules"][0]), lambda g: g.pop("inputs"),
-                                      lambda g: g["rules"][8]["when"].update(risk=["medium"]), lambda g: g["rules"][8]["when"].update(size={"mm": {"over": 3}}), lambda g: g.update(assume={"x": 1})])
+                                      lambda g: g["rules"][8]["when"].update(risk=["medium"]), lambda g: g["rules"][8]["when"].update(size={"mm": {"over": 3}}), lambda g: g.update(assume={"x": 1}),
+                                      lambda g: g["rules"][0].update(reading=[{"when": {"colour": ["red"]}, "text": "x"}])])
 def test_a_damaged_guideline_is_refused(break_it, tmp_path):
     guideline = json.loads(json.dumps(FLEISCHNER))
     break_it(guideline)

@@ -1,4 +1,6 @@
 """Both languages say everything, name the same values, and nothing English is left on the Chinese page except names and units."""
+import json
+import random
 import re
 from dataclasses import replace
 
@@ -8,6 +10,7 @@ import pytest
 from medimg.config import RESEARCH_USE
 from medimg.deployment import words
 from medimg.deployment.cards import advice, card, in_words, table, toy_advice
+from medimg.deployment.guidelines import decide, guidelines
 from medimg.deployment.key_slices import key_slices, toy_detection
 from medimg.deployment.prediction import Finding, Prediction
 from medimg.deployment.report import render_report, volume_section
@@ -64,13 +67,69 @@ def test_sentences_of_other_modules_are_known(case):
     study = intake.Study("a", np.zeros((10, 90), "uint8"), {"modality": "CT", "body_part": "HEAD", "view": "AP", "patient_age_years": 60.0, "patient_sex": "M"})
     said = [*predict.check_scope(study, manifest)[0], *predict.check_scope(intake.Study("a", np.tile(np.arange(90, dtype="uint8"), (90, 1)), {"modality": "DX"}), manifest)[1],
             *intake.study_of(case.volume, "a").reasons, *intake.check_range(np.array([0.0, 0.5])), *to_uint8(np.array([[1, 9]], "uint16"))[1], bundle.UNSIGNED, bundle.UNVERIFIED,
-            predict.hottest_region(np.eye(4, dtype="float32")).note, predict._NOTE.format(how="temperature", n=12, on="validation")]
+            predict.hottest_region(np.eye(4, dtype="float32")).note, *(note.format(how="temperature", n=12, on="validation", share="90%", names="normal and pneumonia", label="normal") for note in predict.NOTES.values())]
     assert len(said) > 12
     for text in said:
         zh, known = words.translated(text, "zh")
         assert known and CJK.search(zh), text
         assert set(re.findall(r"\d+", zh)) >= set(re.findall(r"\d+", text)) - {"0", "255"}, (text, zh)
         assert words.translated(text, "en") == (text, True)
+
+
+def measures(text):
+    """Numbers, units and signs of a text, in either language."""
+    text = text.replace(">=", "≥").replace("<=", "≤")
+    return sorted([*re.findall(r"\d+(?:\.\d+)?", text), *re.findall(r"(?<![a-z])mm3?(?![a-z0-9])|%|[<>≥≤]", text), *re.findall(r"(?<![A-Za-z0-9])[1-4][ABCX](?![A-Za-z0-9])", text)])
+
+
+def texts_of(guideline):
+    """Everything that a recommendation of a guideline may quote."""
+    rows = [*guideline["rules"], *guideline.get("upgrades", ())]
+    return {guideline["guideline"], *(row["text"] for row in rows), *(row["reason"] for row in rows if row.get("reason")), *(one["text"] for row in rows for one in row.get("reading", ())),
+            *(p["else"] for p in guideline["preconditions"]), *([guideline["measure"]["rule"]] if "measure" in guideline else [])}
+
+
+def test_every_text_of_a_guideline_has_a_chinese_one_with_the_same_numbers():
+    shipped = json.loads((words.files("medimg.deployment") / "rules" / "texts" / "zh.json").read_text(encoding="utf-8"))
+    assert set(shipped["guidelines"]) == set(guidelines())
+    for name, guideline in guidelines().items():
+        assert set(shipped["guidelines"][name]) == texts_of(guideline), name                   # none missing, none left over from an earlier edition
+        for en, zh in shipped["guidelines"][name].items():
+            assert CJK.search(zh) and not CJK.search(en) and measures(en) == measures(zh), (en, zh)
+        for pair in words._conditions(guideline):
+            en, zh = words_of(*pair), words._condition(*pair)
+            assert measures(en) == measures(zh) and CJK.search(zh) and not re.search(r"[A-Za-z]{3,}", zh), (en, zh)
+    pairs = [pair for part in shipped["guidelines"].values() for pair in part.items()]
+    assert len(dict(pairs)) == len(set(pairs))                                                 # one English sentence, one Chinese sentence
+
+
+def words_of(name, condition):
+    from medimg.deployment import guidelines as module
+    return module._words(name, condition)
+
+
+def random_facts(guideline, dice):
+    pick = {"size": lambda: {"mm": dice.choice([3, 5, 7, 9, 12, 16, 31])}, "number": lambda: dice.choice([0, 1, 0.05, 20, 40, 70, 200, 2000])}
+    return {name: pick[about["values"]]() if isinstance(about["values"], str) else dice.choice(about["values"]) for name, about in guideline["inputs"].items() if dice.random() > 0.45}
+
+
+@pytest.mark.parametrize("name", guidelines())
+def test_whatever_the_engine_says_is_said_in_chinese(name):
+    """Composed texts and reasons, for facts known and missing: all known, all numbers kept, no English left but names."""
+    dice, guideline, seen = random.Random(name), guidelines()[name], set()
+    for _ in range(300):
+        answer = decide(guideline, random_facts(guideline, dice))
+        seen |= {answer["text"], answer["reason"] or "no routine follow-up", f"{answer['guideline']}, {answer['edition']}"}
+    for text in seen:
+        zh, known = words.translated(text, "zh")
+        assert known and CJK.search(zh) and measures(zh) == measures(text), (text, zh)
+        assert not set(re.findall(r"[A-Za-z]{3,}", zh)) - {"LDCT", "PET", "RADS", "Lung", "ACR", "ADA", "ATS", "IDSA", "BTS", "ICO", "PIDS", "Fleischner", "Bankier", "Radiology"}, zh
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("text", ["CT at 6-12 months, then ask the aunt", "if risk: medium → no routine follow-up", "no routine follow-up.", "; " * 50_000 + "xyz", "if " * 50_000])
+def test_a_recommendation_that_nobody_wrote_stays_as_it_is(text):
+    assert words.translated(text, "zh") == (text, False) and words.translated(text) == (text, True)
 
 
 NAMES = {"medimg", "Python", "phantom", "truth", "ct", "CT", "HU", "mm", "px", "UTC", "SHA", "logit", "DX", "ramp", "thorax", "SPL", "ms", "lang"}
@@ -118,7 +177,74 @@ def test_no_english_sentence_on_the_chinese_page(case):
         left = [w for w in re.findall(r"[A-Za-z][A-Za-z-]+", text) if w not in NAMES and w not in ("dcm", "RUL")]
         assert len(left) < 2, (text, left)
     assert '<html lang="zh-CN">' in html and "no marker" in html and 'class="orig" lang="en"' in html
-    assert words.say("guideline_text", "zh") in html and "CT again after 3 months." in html and words.say("for_clinician", "zh") in html
+    assert words.say("guideline_text", "zh") in html and '<span class="orig" lang="en">CT again after 3 months.</span>' in html and words.say("for_clinician", "zh") in html
+
+
+def test_a_recommendation_on_the_chinese_page(case):
+    """Chinese first, the English original below it and marked; nothing of it is left in English unmarked."""
+    from medimg.deployment.recommend import recommend
+    scan = toy_detection(case)
+    facts = {"age_years": 61, "screening": False, "known_cancer": False, "prior_ct": True}
+    html = render_report([replace(scan, recommendations=recommend(scan, facts))], lang="zh")
+    said = " ".join(visible_text(html))
+    for words_zh in ("Fleischner 学会：偶然发现的肺结节", "无法评估", "前提是免疫抑制为否：", "无法核实患者是否属于本指南的适用人群", "不适用", "非筛查 CT：Lung-RADS 仅用于筛查", "以所附英文原文为准"):
+        assert words_zh in said, words_zh
+    for text in visible_text(html):
+        left = [w for w in re.findall(r"[A-Za-z][A-Za-z-]+", text) if w not in NAMES | {"dcm", "RUL", "PET", "Lung-RADS", "ACR", "Fleischner", "LDCT"} and "-gt" not in w and w != "FL-solid-"]
+        assert len(left) < 2, (text, left)
+    (original,) = re.findall(r'<p class="fine" lang="en">(provided that[^<]*)</p>', html)
+    assert words.translated(original.replace("&gt;", ">").replace("&lt;", "<"), "zh")[0] in said.replace("\n", " ")
+
+
+def test_a_recommendation_on_the_review_page():
+    from medimg.deployment.recommend import recommend
+    from medimg.deployment.review import _recommended
+    (row,) = recommend([{"type": "solid", "mean_diameter_mm": 7.0}], {"age_years": 61, "screening": False, "known_cancer": False, "immunosuppressed": False, "prior_ct": False}, names=["fleischner-2017"])
+    zh, en = _recommended(row, "zh"), _recommended(row, "en")
+    assert zh["said"]["guideline"]["text"] == "Fleischner 学会：偶然发现的肺结节" and "若肺癌风险为低 → 6-12 个月时复查 CT" in zh["said"]["text"]["text"] and not zh["said"]["text"]["attr"]
+    assert "肺癌风险" in zh["missing"] and "邻近胸膜" in zh["missing"] and "年龄（岁）: 61" in zh["used"] and "size: 7.0 mm" in en["used"]
+    assert en["said"]["text"]["text"] == zh["text"] == row["text"]
+    strange = _recommended({**row, "text": "ask the aunt", "inputs_missing": ["her_name"]}, "zh")
+    assert strange["said"]["text"] == {"text": "ask the aunt", "attr": ' lang="en"'} and strange["missing"] == "her name"
+
+
+def test_one_rounding_of_a_probability_everywhere():
+    """What a network says with certainty is printed alike by card, terminal, repr and the picture for the archive, never as a promise."""
+    from medimg.cli import answers_text
+    from medimg.deployment.dicom_pictures import _lines
+    for p, said in ((1.0, "> 0.99"), (0.9996, "> 0.99"), (0.994, "0.99"), (0.5, "0.50"), (0.004, "< 0.01"), (0.0, "< 0.01")):
+        answer = film(probability={"normal": 1 - p, "pneumonia": p}, warnings=())
+        assert words.chance(p) == said and card(answer)["p"] == card(answer)["bars"][0]["shown"] == said
+        assert f"pneumonia  {said} " in answers_text([answer]) and f"P(pneumonia) {said if said[0] in '<>' else '= ' + said}" in repr(answer) and said in _lines(answer, "en")[0]
+        assert not any(promise in text for text in (answers_text([answer]), repr(answer), *_lines(answer, "en")) for promise in ("1.00", "0.00"))
+
+
+def test_the_limits_of_a_card_name_the_classes_of_the_bundle(monkeypatch):
+    from medimg.deployment.bundle import Bundle
+    from medimg.experiments import protocol
+    from medimg.reproduction import known_limits
+    bundle = Bundle.load("pneumonia")
+    assert known_limits("pneumonia", bundle.classes) in bundle.card and known_limits("pneumonia", ("clear", "opacity")) == ""
+    figures = protocol.stored_results()["uncertainty-pneumonia"]["figures"]
+    three = {**figures, **{key.replace("normal", "grade 2"): value for key, value in figures.items()}, **{key.replace("coverage[0]", "coverage[2]"): value for key, value in figures.items()}}
+    monkeypatch.setattr(protocol, "stored_results", lambda: {"uncertainty-pneumonia": {"figures": three}})
+    said = known_limits("pneumonia", ("normal", "pneumonia", "grade 2"))
+    assert "of normal, pneumonia and grade 2" in said and "of grade 2)" in said
+
+
+def test_notes_come_in_parts():
+    """Records with codes and records from before say the same; what the set says is not said twice, whatever the words of the note."""
+    from medimg.deployment import predict
+    parts = [predict._note("calibrated", how="temperature", n=500, on="validation"), predict._note("set-many", names="normal and pneumonia", share="90%")]
+    coded, old = {**predict._noted(parts), "level": 0.9}, {"note": predict._noted(parts)["note"], "level": 0.9}
+    for lang in words.LANGUAGES:
+        a, b = (in_words(film(prediction_set=("normal", "pneumonia"), uncertainty={"entropy_bits": 0.1, **one}), lang) for one in (coded, old))
+        assert a == b and sum("500" in line for line in a) == 1 and not any("told apart" in line for line in a)
+    reworded = [{"code": "set-many", "text": "another wording"}, {"code": "news", "text": "a sentence that mentions: no prediction set"}]
+    said = in_words(film(prediction_set=("normal", "pneumonia"), uncertainty={"entropy_bits": 0.1, "note": "", "notes": reworded}))
+    assert "A sentence that mentions: no prediction set." in said and not any("another wording" in line for line in said)
+    answer = film(study=None, explanation=None, uncertainty={"entropy_bits": 0.1, **coded})
+    assert Prediction.from_json(answer.to_json()).uncertainty["notes"] == parts and coded["note"] == "; ".join(one["text"] for one in parts)
 
 
 def test_both_pages_say_the_same_numbers(case):

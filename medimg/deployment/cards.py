@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['card', 'table', 'in_words', 'advice', 'toy_advice']
 
-# %% ../../nbs/deployment/05l_cards.ipynb #86474b51
+# %% ../../nbs/deployment/05l_cards.ipynb #a0ef9c49
 import numpy as np
 
+from .guidelines import guidelines
 from .key_slices import key_slices, outlines, png64, reduced
 from .prediction import Prediction
-from .words import number, say, term, translated
+from .words import _pattern, chance, say, term, translated
 from ..plots import heatmap_overlay
 
 _FACTS = ("modality", "body_part", "view", "patient_age_years", "patient_sex", "shape", "patient_key", "series_uid")
@@ -40,7 +41,7 @@ def card(prediction: Prediction, *, truth=None, lang: str = "en") -> dict:
     p = prediction
     out = {"source": p.source, "status": p.status, "state": say(_STATES[p.status], lang), "reasons": p.reasons, "warnings": p.warnings, "model": p.model,
            "score": p.score or {}, "ood": p.ood, "error": p.error, "image": p.picture is not None, "verdict": _verdict(p, lang), "bars": _bars(p, lang), "facts": _facts(p, lang),
-           "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""), "p": _chance(p.probability[p.label]) if p.probability and p.label in p.probability else None,
+           "note": next(iter([*p.reasons, *(w for w in p.warnings if not w.startswith("unsigned"))]), ""), "p": chance(p.probability[p.label]) if p.probability and p.label in p.probability else None,
            "ood_at": p.ood and 50 * min(2.0, max(0.0, p.ood["score"] / max(p.ood["threshold"], 1e-9))), "table": table(p, lang), "regions": _regions(p),
            "keys": [_drawable(k) for k in key_slices(p)], "words": in_words(p, lang), "set": _set_line(p, lang), "advice": advice(p, lang)}
     return {**out, **_films(p, truth, lang)} if out["image"] else out
@@ -54,16 +55,11 @@ def _verdict(p, lang):
     return term(p.label, lang) if p.label else "–"
 
 
-def _chance(p):
-    """A probability to two digits; never a 0 or a 1, which would be a promise."""
-    return number(min(max(p, 1e-9), 1 - 1e-9))
-
-
 def _bars(p, lang):
     cuts = p.threshold or {}
     names = list(p.probability or {})
     names = [n for n in names if n in cuts] or sorted(names, key=lambda n: -p.probability[n])[:5]
-    return [{"name": term(n, lang), "p": p.probability[n], "shown": _chance(p.probability[n]), "cut": cuts.get(n), "cut_at": min(max(100 * cuts.get(n, 0), 16), 84), "called": n == p.label} for n in names]
+    return [{"name": term(n, lang), "p": p.probability[n], "shown": chance(p.probability[n]), "cut": cuts.get(n), "cut_at": min(max(100 * cuts.get(n, 0), 16), 84), "called": n == p.label} for n in names]
 
 # %% ../../nbs/deployment/05l_cards.ipynb #9b8911a0
 def _facts(p, lang):
@@ -214,21 +210,28 @@ def _set(p, lang):
     level = (p.uncertainty or {}).get("level")
     return [*lines, *([say("level", lang, percent=f"{100 * level:g}")] if level else [])]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #b95aac13
-_SAID_ALREADY = ("no prediction set", "no class fits", "cannot be told apart")
+# %% ../../nbs/deployment/05l_cards.ipynb #d28e1b71
+_SAID_BY_SET = {"no-limits", "several-true", "set-empty", "set-many"}             # codes of notes that `_set` puts into its own words
 
 
 def _noted(p, lang):
-    """The sentences of the model's own note, in Chinese those that are known; what `_set` says is not said again."""
-    lines, held = [], []
-    for part in (p.uncertainty or {}).get("note", "").split("; "):
+    """The sentences of the model's own notes, in Chinese those that are known; what `_set` says is not said again."""
+    told = [translated(one["text"], lang) for one in _notes(p.uncertainty or {}) if one["code"] not in _SAID_BY_SET]
+    return [f"{text[:1].upper()}{text[1:]}{'。' if lang == 'zh' else '.'}" for text, known in told if known]
+
+
+def _notes(uncertainty):
+    """The notes of a record as (code, text); a record from before there were codes holds one sentence, which is taken apart where a known one ends."""
+    if "notes" in uncertainty:
+        return uncertainty["notes"]
+    from medimg.deployment.predict import NOTES
+    patterns, found, held = {code: _pattern(text) for code, text in NOTES.items()}, [], []
+    for part in filter(None, uncertainty.get("note", "").split("; ")):
         held.append(part)
-        text, known = translated("; ".join(held), "zh")
-        if part and known:
-            said = text if lang == "zh" else "; ".join(held)
-            lines += [] if any(words in part for words in _SAID_ALREADY) else [f"{said[:1].upper()}{said[1:]}{'。' if lang == 'zh' else '.'}"]
-            held = []
-    return [*lines, *(f"{rest[:1].upper()}{rest[1:]}." for rest in ["; ".join(held)] if rest and lang == "en")]
+        text = "; ".join(held)
+        if code := next((c for c, one in patterns.items() if one.fullmatch(text)), None):
+            found, held = [*found, {"code": code, "text": text}], []
+    return [*found, *({"code": None, "text": "; ".join(held)} for _ in held[:1])]
 
 
 def _set_line(p, lang):
@@ -245,9 +248,9 @@ def _measuring(p, lang):
         return []
     return [say("voxel", lang, **{k: f"{s:.2g}" for k, s in zip("zyx", p.volume.spacing_mm)})]
 
-# %% ../../nbs/deployment/05l_cards.ipynb #ae10a95c
+# %% ../../nbs/deployment/05l_cards.ipynb #a7956a17
 def advice(prediction: Prediction, lang: str = "en") -> list:
-    """The recommendations of a prediction for the page: guideline texts as they are, everything around them in the language.
+    """The recommendations of a prediction for the page: texts of the guideline in English, everything around them in the language.
 
     Parameters
     ----------
@@ -257,7 +260,8 @@ def advice(prediction: Prediction, lang: str = "en") -> list:
     Returns
     -------
     list of dict
-        `title`, `rule`, `source`, `state`, `kind` (for colours), `category`, `number` (of the finding, from 0), `text`, `finding`, `used` ((name, text) pairs), `missing` (names), `reason`, `note`; what applies comes first.
+        `title`, `rule`, `source`, `state`, `kind` (for colours), `category`, `number` (of the finding, from 0), `text`, `quoted` (its words are a guideline's, not ours), `finding`, `used` ((name, text) pairs), `missing` (names), `reason`, `note`; what applies comes first.
+        A page says `title`, `text`, `reason`, `used` and `missing` in its language with `medimg.deployment.words.translated`.
 
     Examples
     --------
@@ -276,12 +280,12 @@ def _advised(r, lang):
     status = r.get("status", "")
     return {"title": f"{r.get('guideline', '')}, {r.get('edition', '')}".strip(", "), "rule": say("rule", lang, rule=r.get("rule", "–")), "source": r.get("source") or "–",
             "state": _state(status, lang), "kind": status.replace(" ", "-"), "category": r.get("category"), "number": r.get("finding"),
-            "text": r.get("text", ""), "finding": where, "used": used, "missing": [_name(name) for name in r.get("inputs_missing") or ()], "reason": r.get("reason"), "note": note}
+            "text": r.get("text", ""), "quoted": r.get("rule") not in guidelines(), "finding": where, "used": used, "missing": [_name(name) for name in r.get("inputs_missing") or ()], "reason": r.get("reason"), "note": note}
 
-# %% ../../nbs/deployment/05l_cards.ipynb #45fc1ec2
+# %% ../../nbs/deployment/05l_cards.ipynb #696f7af1
 def _name(fact):
     """A fact's name as words: prior_category -> prior category."""
-    return str(fact).replace("_", " ")
+    return "solid component" if fact == "solid" else str(fact).replace("_", " ")
 
 
 def _said(value, lang):
@@ -291,7 +295,10 @@ def _said(value, lang):
     if isinstance(value, dict):                                         # a size by its units: 11.7 mm, 764 mm3
         return ", ".join(f"{_said(one, lang)} {_name(unit)}" for unit, one in value.items() if one is not None)
     if isinstance(value, (list, tuple)) and all(isinstance(one, dict) for one in value):
-        return "; ".join(f"{say('finding_n', lang, n=one['finding'] + 1)}: {one.get('category') or _state(one.get('status'), lang)}" for one in value)
+        colon, stop = ("：", "；") if lang == "zh" else (": ", "; ")
+        return stop.join(f"{say('finding_n', lang, n=one['finding'] + 1)}{colon}{one.get('category') or _state(one.get('status'), lang)}" for one in value)
+    if isinstance(value, (list, tuple)):                                # what is still possible: growing or slowly growing
+        return ("或" if lang == "zh" else " or ").join(_said(one, lang) for one in value)
     return term(value, lang) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINDING_CODES', 'KINDS', 'finding_code', 'measurements_of', 'structured_report', 'possible_kinds', 'write_dicom']
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #d628d0f2
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #85b8773f
 import hashlib
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..config import RESEARCH_USE, atomic_path
 from ..data.segmentations import SEGMENT_CODES, _highdicom
 from .cards import advice, in_words
-from .dicom_pictures import _OURS, Stamp, _built, _short, capture, heat_map_object, maker, read_sources, segmentation, segments_of, settle
+from .dicom_pictures import _OURS, Stamp, _built, _short, capture, check_series, heat_map_object, maker, read_sources, segmentation, segments_of, settle
 from .words import plain
 from ..errors import ConfigError
 
@@ -270,7 +270,7 @@ def _scheme():
     item.CodingSchemeDesignator, item.CodingSchemeName, item.CodingSchemeResponsibleOrganization = _OURS, "Codes of medimg where no public scheme was found", "medimg"
     return [item]
 
-# %% ../../nbs/deployment/05b_dicom_out.ipynb #b42d7c5b
+# %% ../../nbs/deployment/05b_dicom_out.ipynb #fe15df07
 def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     """A prediction as a DICOM structured report: Comprehensive 3D SR with the template TID 1500.
 
@@ -293,7 +293,7 @@ def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     ConfigError
         When there is nothing to report.
     DicomError
-        When highdicom refuses the headers.
+        When highdicom refuses the headers, or when they are of another series than the answer's.
 
     References
     ----------
@@ -304,6 +304,7 @@ def structured_report(prediction, headers, stamp: Stamp, *, seg=None):
     >>> structured_report(prediction, headers, Stamp()).VerificationFlag               # doctest: +SKIP
     'UNVERIFIED'
     """
+    check_series(prediction, headers)
     hd, codes, code = _kit()
     sr, model = hd.sr, prediction.model or {"name": "unknown", "version": "0", "digest": "", "origin": ""}
     notes = [f"digest {model.get('digest', '')[:40]}", f"origin {model.get('origin')}", RESEARCH_USE]

@@ -55,7 +55,7 @@ def holds(value, condition):
         return value in condition
     return all(_BOUNDS[name](value, limit) for name, limit in condition.items())
 
-# %% ../../nbs/deployment/04a_guidelines.ipynb #279f7425
+# %% ../../nbs/deployment/04a_guidelines.ipynb #f7310a7d
 def _rules():
     return files("medimg.deployment") / "rules"
 
@@ -63,8 +63,9 @@ def _rules():
 def _wrong(guideline):
     """What is wrong with the content of a guideline file, in words; empty when nothing is."""
     known = guideline["inputs"]
-    for row in [*guideline["preconditions"], *guideline["rules"], *guideline.get("upgrades", [])]:
-        where = row.get("id") or f"precondition {row.get('input')}"
+    ours = [{"where": row["id"], **one} for row in guideline["rules"] for one in row.get("reading", ()) if "when" in one]
+    for row in [*guideline["preconditions"], *guideline["rules"], *guideline.get("upgrades", []), *ours]:
+        where = row.get("where") or row.get("id") or f"precondition {row.get('input')}"
         when = row.get("when", {row.get("input"): row.get("is")})
         for name, condition in when.items():
             if name not in known:
@@ -159,7 +160,7 @@ def guideline_named(name: str) -> dict:
         raise ConfigError(f"there is no guideline {name!r}", remedy=nearest(str(name), list(_shipped())))
     return _shipped()[name]
 
-# %% ../../nbs/deployment/04a_guidelines.ipynb #a277ded6
+# %% ../../nbs/deployment/04a_guidelines.ipynb #6373cd21
 def _state(when, values):
     states = [holds(values.get(name), condition) for name, condition in when.items()]
     return False if False in states else None if None in states else True
@@ -169,9 +170,15 @@ def _outcome(row, guideline, values):
     """What a row says: (status, category, text, rule, source, reason, rank), raised by an upgrade that holds."""
     for up in guideline.get("upgrades", ()):
         if row["category"] in up["from"] and _state(up["when"], values):
-            row = {**row, **{k: up[k] for k in ("id", "category", "text", "source", "rank")}}
+            row = {**row, "reading": (), **{k: up[k] for k in ("id", "category", "text", "source", "rank")}}
     return {"status": row.get("status", "applies"), "category": row["category"], "text": row["text"], "rule": row["id"], "source": row["source"],
-            "reason": row.get("reason"), "rank": row["rank"]}
+            "reason": _why(row, values), "rank": row["rank"]}
+
+
+def _why(row, values):
+    """The reason of a row, and where it is our reading of the document rather than its words."""
+    ours = [f"our reading: {one['text']}" for one in row.get("reading", ()) if _state(one.get("when", {}), values) is not False]
+    return "; ".join(filter(None, [row.get("reason"), *ours])) or None
 
 
 def walk(guideline: dict, inputs: dict) -> list:
@@ -253,7 +260,7 @@ def _known(guideline, inputs, kept):
     open_ones = [name for name in dict.fromkeys(asked) if name not in values or isinstance(values[name], frozenset)]
     return {k: v for k, v in used.items() if k not in assumed}, [*open_ones, *(n for n in assumed if n not in open_ones)], assumed
 
-# %% ../../nbs/deployment/04a_guidelines.ipynb #3284ed6d
+# %% ../../nbs/deployment/04a_guidelines.ipynb #262d29e6
 def decide(guideline: dict, inputs: dict, *, finding: int | None = None) -> dict:
     """The recommendation of one guideline for one set of facts. There is always one, and it always says why.
 
@@ -306,7 +313,8 @@ def _joined(guideline, kept, values):
                 "reason": "the table has no row for this combination"}
     joined = {k: " | ".join(dict.fromkeys(found[k] for found, _ in kept)) for k in ("rule", "source")}
     if len(sayings) == 1:
-        return {**{k: kept[-1][0][k] for k in names}, **joined}
+        reasons = dict.fromkeys(found["reason"] for found, _ in kept if found["reason"])
+        return {**{k: kept[-1][0][k] for k in names}, **joined, "reason": "; ".join(reasons) or None}
     return {"status": "not assessable", "category": None, "text": _alternatives(kept, values), **joined, "reason": "the missing facts decide between rows"}
 
 # %% ../../nbs/deployment/04a_guidelines.ipynb #a75a128f

@@ -9,7 +9,7 @@ __all__ = ['study_view', 'worded', 'pane_of']
 from .slices import place_of, presets
 from .worklist import finding_rows, headline, in_words, number, patient_of, say, term
 
-# %% ../../nbs/deployment/06o_page_view.ipynb #82d97262
+# %% ../../nbs/deployment/06o_page_view.ipynb #821bd99e
 def study_view(store, result: dict | None, study: dict | None, lang: str = "en") -> dict:
     """What the study page says, in words; the pictures apart.
 
@@ -37,7 +37,7 @@ def study_view(store, result: dict | None, study: dict | None, lang: str = "en")
             "words": in_words(record, lang) if result else [say("unasked_words", lang)], "findings": finding_rows(record, lang),
             "editable": record["status"] == "answered" and record["task"] == "detection", "classes": _choices(record, lang),
             "reasons": [worded(t, lang) for t in _reasons(record)], "warnings": [worded(t, lang) for t in record.get("warnings") or ()],
-            "recommendations": sorted((_recommended(r) for r in record.get("recommendations") or () if isinstance(r, dict)), key=lambda r: _WEIGHT.get(r["status"], 1)), "model": record["model"],
+            "recommendations": sorted((_recommended(r, lang) for r in record.get("recommendations") or () if isinstance(r, dict)), key=lambda r: _WEIGHT.get(r["status"], 1)), "model": record["model"],
             "origin": say(f"origin_{o}", lang) if record["model"] and (o := record["model"]["origin"]) in ("shipped", "signed", "unsigned", "unverified") else
             (record["model"] or {}).get("origin", ""), "created": record.get("created"), "labels": [_told(row, lang) for row in reversed(told)]}
 
@@ -80,7 +80,7 @@ def _bars(record, lang):
     return [{"name": term(c, lang), "p": p, "text": number(p), "cut": cuts.get(c), "cut_text": say("cut", lang, cut=number(cuts[c])) if c in cuts else "",
              "own": c == record["label"]} for c, p in sorted(record["probability"].items(), key=lambda row: -row[1])]
 
-# %% ../../nbs/deployment/06o_page_view.ipynb #c8f5851f
+# %% ../../nbs/deployment/06o_page_view.ipynb #7387f89d
 def _choices(record, lang):
     """The classes a reader may choose when the model is wrong: its own is not among them."""
     if record["status"] == "answered" and not record["probability"]:
@@ -97,14 +97,14 @@ def _told_value(value):
         return ", ".join(map(_told_value, value))
     if isinstance(value, dict) and "finding" in value:
         return f"{value['finding'] + 1} {value.get('category') or value.get('status')}"
-    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else {True: "yes", False: "no", None: "unknown"}.get(value, value) if type(value) in (bool, type(None)) else str(value)
+    return ", ".join(f"{v} {k}" for k, v in value.items()) if isinstance(value, dict) else {True: "yes", False: "no", None: "unknown"}.get(value, value) if type(value) in (bool, type(None)) else str(value)
 
 
-def _recommended(row):
-    used = row.get("inputs_used") or {}
+def _recommended(row, lang):
+    used, said = row.get("inputs_used") or {}, lambda text: worded(str(text).replace("_", " "), lang)["text"]
     text = {k: str(row.get(k) or "") for k in ("guideline", "edition", "rule", "source", "status", "category", "text", "reason")}
-    return {**text, "used": "; ".join(f"{k.replace('_', ' ')}: {_told_value(v)}" for k, v in used.items()),
-            "missing": "; ".join(str(name).replace("_", " ") for name in row.get("inputs_missing") or ())}
+    return {**text, "said": {k: worded(text[k], lang) for k in ("guideline", "text", "reason")}, "used": "; ".join(f"{said(k)}: {said(_told_value(v))}" for k, v in used.items()),
+            "missing": "; ".join(map(said, row.get("inputs_missing") or ()))}
 
 
 def _told(row, lang):

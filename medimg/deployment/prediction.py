@@ -86,7 +86,7 @@ class _InMemory:
     mask: np.ndarray | None = None
     lungs_mm: tuple | None = None
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #dd03e9e6
+# %% ../../nbs/deployment/03a_prediction.ipynb #67218fa5
 @dataclass(frozen=True)
 class Prediction(_InMemory):
     """What a model says about one study, or why it says nothing; see `prediction_schema` for the form on disk.
@@ -117,7 +117,8 @@ class Prediction(_InMemory):
     reasons, warnings : tuple of str
         Why it was refused; what to bear in mind.
     study, model, ood, uncertainty, explanation, error : dict, optional
-        Facts of the study; name, version and digest of the model; distance from the training images; and so on.
+        Facts of the study; name, version and digest of the model; distance from the training images; and so on. `uncertainty["notes"]` holds the sentences of `uncertainty["note"]` one by
+        one, each with a `code` of `medimg.deployment.predict.NOTES`.
     input_sha256, created : str, optional
         Hash of the grey values; time of the answer, ISO 8601, UTC.
     duration_ms : float, optional
@@ -178,13 +179,14 @@ class Prediction(_InMemory):
         """The record from JSON `text` or bytes; see the function `from_json`."""
         return from_json(text)
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #256c3d17
+# %% ../../nbs/deployment/03a_prediction.ipynb #d5eda910
 def _summary(p):
-    sure = f", P({p.label}) = {p.probability[p.label]:.2f}" if p.label and p.probability else ""
+    from medimg.deployment.words import chance
+    sure = f", P({p.label}) = {chance(p.probability[p.label])}".replace("= >", ">").replace("= <", "<") if p.label and p.probability else ""
     found = f", {len(p.findings)} finding{'s' * (len(p.findings) != 1)}" if p.task == "detection" and p.status == "answered" else ""
     return f"{p.status}{f' {p.label}' if p.label else ''}{sure}{found}{'; ' + p.reasons[0] if p.reasons else ''}"
 
-# %% ../../nbs/deployment/03a_prediction.ipynb #141e2f86
+# %% ../../nbs/deployment/03a_prediction.ipynb #8a89f771
 _NUM, _STR, _INT = {"type": ["number", "null"]}, {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 _P = {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}}
 _STRS = {"type": "array", "items": {"type": "string"}}
@@ -210,7 +212,8 @@ _SOURCE = "file, folder of a series or archive!member, relative to the parent of
 
 
 _UNCERTAINTY = _row({"entropy_bits": {"type": "number"}, "note": {"type": "string"}}, null=True)
-_UNCERTAINTY["properties"]["level"] = _NUM          # not required: only where there is a prediction set
+_UNCERTAINTY["properties"] |= {"level": _NUM,       # not required: only where there is a prediction set, and only since records hold the note in parts
+                               "notes": {"type": "array", "items": _row({"code": {"type": "string"}, "text": {"type": "string"}})}}
 
 
 @cache
