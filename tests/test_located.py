@@ -166,8 +166,8 @@ def test_an_ordinary_scan_is_answered_with_its_distance_and_its_lungs_are_sought
     assert len(calls) == 1 and not any("no check" in w for w in found.warnings)
 
 
-@pytest.mark.parametrize("change", [lambda hu: hu + 200, lambda hu: hu - 100, lambda hu: hu[::-1], lambda hu: hu[:, :, ::-1], lambda hu: hu * 2,
-                                    lambda hu: hu + np.random.default_rng(0).normal(0, 300, hu.shape)], ids=["+200 HU", "-100 HU", "upside down", "mirrored", "slope 2", "noise"])
+@pytest.mark.parametrize("change", [lambda hu: hu + 200, lambda hu: hu - 100, lambda hu: hu[::-1], lambda hu: hu[:, ::-1], lambda hu: hu * 2,
+                                    lambda hu: hu + np.random.default_rng(0).normal(0, 300, hu.shape)], ids=["+200 HU", "-100 HU", "upside down", "front to back", "slope 2", "noise"])
 def test_a_spoilt_scan_is_refused_before_a_network_sees_it(nodules, patient, change, monkeypatch):
     monkeypatch.setattr(type(nodules.engine), "run", lambda *a, **k: pytest.fail("the network ran"))
     found = answer(nodules, as_study(spoilt(patient[1].volume, change)))
