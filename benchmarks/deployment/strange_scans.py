@@ -38,7 +38,7 @@ def elsewhere(patient):
     for kernel in ("soft", "sharp"):
         yield f"kernel {kernel}", scan_ct(still, kernel=kernel).volume
     yield "breathing, 8 mm", scan_ct(still, motion_mm=8).volume
-    yield "two steel rods", scan_ct(still, metal=True).volume
+    yield "two steel rods", scan_ct(patient.case(dose=None), metal=True).volume      # slices as wide as deep
 
 
 def spoilt(scan, rng):
