@@ -336,6 +336,15 @@ def test_distance_against_scipy_and_sklearn():
     assert np.isfinite(fit_reference(np.zeros((5, 2)), np.zeros((5, 2))).score(np.zeros((1, 2)))).all()
 
 
+def test_scaled_distances_do_not_depend_on_units_and_a_margin_moves_only_the_border():
+    rng = np.random.default_rng(1)
+    x, y, units = rng.normal(size=(80, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(30, 6)), np.geomspace(1e-3, 1e3, 6)
+    one, two, wide = fit_reference(x, y, scaled=True), fit_reference(x * units, y * units, scaled=True), fit_reference(x, y, scaled=True, margin=2.0)
+    assert np.allclose(one.score(y), two.score(y * units), rtol=1e-3) and not np.allclose(fit_reference(x, y).score(y), fit_reference(x * units, y * units).score(y * units), rtol=1e-3)
+    assert wide.threshold == 2 * one.threshold and np.array_equal(wide.score(y), one.score(y)) and (one.score(y) <= one.threshold).mean() > 0.95
+    assert np.isfinite(fit_reference(np.ones((5, 2)), np.ones((5, 2)), scaled=True).score(np.ones((1, 2)))).all()
+
+
 def test_reference_survives_any_bytes():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 4))

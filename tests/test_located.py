@@ -15,9 +15,10 @@ from medimg.data.volume import Volume
 from medimg.deployment.arrivals import Arrivals, group_of, watch
 from medimg.deployment.bundle import Bundle, build_bundle, inspect, toy_bundle, toy_images, verify
 from medimg.deployment.intake import Study, find_studies
-from medimg.deployment.located import fold_answers, mask_of, marks_of, toy_outliner
+from medimg.deployment.located import fold_answers, ground_of, mask_of, marks_of, toy_outliner
 from medimg.deployment.manifest import ANSWERS, check_manifest, example_manifest
 from medimg.deployment.predict import answer
+from medimg.deployment.reference import SCAN_FACTS, scan_facts
 from medimg.deployment.study import with_prior
 from medimg.errors import BundleError, ConfigError, DatasetError, SignatureError
 
@@ -43,7 +44,10 @@ def patient():
 
 # ---- manifest and files -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("change", [{"task": "segmentation"}, {"task": "detection", "answer": {"keep": 1, "holes": True}}, {"answer": dict.fromkeys(ANSWERS["detection"])},
-                                    {"task": "detection", "answer": {"top": 5, "call": 1.5, "within": None, "cube": None, "weight": 0}}, {"ood": None}, {"classes": ["one"], "thresholds": {}}])
+                                    {"task": "detection", "answer": {"top": 5, "call": 1.5, "within": None, "cube": None, "weight": 0}}, {"ood": None}, {"classes": ["one"], "thresholds": {}},
+                                    {"ood": {"method": "scan facts", "threshold": 9.0, "quantile": 1.0}},
+                                    {"task": "detection", "answer": {"top": 5, "call": 0.5, "within": "lungs", "cube": None, "weight": 0}},
+                                    {"task": "detection", "answer": {"top": 5, "call": 0.5, "within": None, "cube": None, "weight": 0}, "ood": {"method": "scan facts", "threshold": 9.0, "quantile": 1.0}}])
 def test_manifests_that_contradict_themselves_are_refused(change):
     with pytest.raises(BundleError):
         check_manifest(example_manifest(**change))
@@ -55,7 +59,7 @@ def test_the_second_network_belongs_to_the_bundle(nodules, tmp_path):
     (copy / "second.onnx").unlink()
     with pytest.raises(SignatureError, match="second.onnx"):
         Bundle.load(copy, verify=False)
-    assert "second.onnx" in inspect("phantom-nodules")["sizes"] and verify("phantom-nodules")["parts_opened"] == 5
+    assert "second.onnx" in inspect("phantom-nodules")["sizes"] and verify("phantom-nodules")["parts_opened"] == 6
 
 
 def test_the_second_network_is_exported_and_compared_like_the_first(nodules, tmp_path, monkeypatch):
@@ -153,6 +157,83 @@ def test_marks_do_not_depend_on_the_order_of_axes(nodules, patient):
     call = nodules.manifest["answer"]["call"]
     first, second = ([d for d in marks_of(nodules, v).detections if d.score >= call] for v in (case.volume, turned))
     assert len(first) == len(second) > 0 and np.allclose([d.centroid_mm for d in first], [d.centroid_mm for d in second], atol=1.5)
+
+
+# ---- scans unlike the training's ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def ground(nodules, patient):
+    return ground_of(nodules, patient[1].volume)
+
+
+def as_study(volume):
+    return Study("ct", volume.display()[len(volume.array) // 2], {"modality": "CT"}, volume=volume)
+
+
+def spoilt(volume, change):
+    return volume.with_array(np.clip(change(volume.array.astype(np.int32)), -1024, 3071).astype(np.int16))
+
+
+def test_facts_are_those_that_were_drawn(ground):
+    """Against the labels: litres, sides and heights counted by hand; moved by known steps."""
+    grid, lungs = ground
+    facts = dict(zip(SCAN_FACTS, scan_facts(grid, lungs)))
+    rows = np.flatnonzero((lungs > 0).any((1, 2)))
+    assert np.exp(facts["lungs, log l"]) == pytest.approx((lungs > 0).sum() * 1.5**3 / 1e6) and facts["right lung, share"] == pytest.approx((lungs == 1).sum() / (lungs > 0).sum())
+    assert np.exp(facts["height, log mm"]) == pytest.approx(1.5 * (rows[-1] - rows[0] + 1)) and -900 < facts["lung 50 %, HU"] < -650 and 0 < facts["around 50 %, HU"] < 80
+    lighter = dict(zip(SCAN_FACTS, scan_facts(grid.with_array(grid.array - 40), lungs)))
+    assert all(lighter[k] == pytest.approx(facts[k] - 40, abs=0.01) for k in SCAN_FACTS[:5]) and all(lighter[k] == pytest.approx(facts[k], abs=1e-3) for k in SCAN_FACTS[9:])
+    noisy = dict(zip(SCAN_FACTS, scan_facts(grid.with_array(grid.array + np.random.default_rng(0).normal(0, 80, grid.shape)), lungs)))
+    assert noisy["grain across, log HU"] > facts["grain across, log HU"] + 0.5 and noisy["lungs, log l"] == facts["lungs, log l"]
+
+
+def test_facts_do_not_depend_on_the_order_of_axes(ground):
+    grid, lungs = ground
+    turned = grid.reorient("IAR"), grid.with_array(lungs).reorient("IAR").array
+    assert np.allclose(scan_facts(grid, lungs), scan_facts(*turned), rtol=0.02, atol=0.02)
+    with pytest.raises(DatasetError, match="without lungs"):
+        scan_facts(grid, np.zeros_like(lungs))
+
+
+def test_an_ordinary_scan_is_answered_with_its_distance_and_its_lungs_are_sought_once(nodules, patient, monkeypatch):
+    from medimg.data import lungs
+    calls, real = [], lungs.segment_lungs
+    monkeypatch.setattr(lungs, "segment_lungs", lambda *a, **k: calls.append(1) or real(*a, **k))
+    found = answer(nodules, as_study(patient[1].volume))
+    assert found.status == "answered" and found.ood["method"] == "scan facts" and 0 < found.ood["score"] <= found.ood["threshold"] == nodules.manifest["ood"]["threshold"]
+    assert len(calls) == 1 and not any("no check" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize("change", [lambda hu: hu + 200, lambda hu: hu - 100, lambda hu: hu[::-1], lambda hu: hu[:, ::-1], lambda hu: hu * 2,
+                                    lambda hu: hu + np.random.default_rng(0).normal(0, 300, hu.shape)], ids=["+200 HU", "-100 HU", "upside down", "front to back", "slope 2", "noise"])
+def test_a_spoilt_scan_is_refused_before_a_network_sees_it(nodules, patient, change, monkeypatch):
+    monkeypatch.setattr(type(nodules.engine), "run", lambda *a, **k: pytest.fail("the network ran"))
+    found = answer(nodules, as_study(spoilt(patient[1].volume, change)))
+    assert found.status == "refused" and len(found.reasons) == 1 and not found.findings and found.mask is None
+    assert "unlike the training images" in found.reasons[0] and found.ood["score"] > found.ood["threshold"] or "no lungs" in found.reasons[0] and found.ood is None
+
+
+def test_a_scan_without_lungs_is_refused_not_broken(nodules, patient):
+    case = patient[1]
+    found = answer(nodules, as_study(case.volume.with_array(np.where(case.volume.array < -400, 40, case.volume.array).astype(np.int16))))
+    assert found.status == "refused" and found.reasons[0].startswith("no lungs found") and found.ood is None
+    json.loads(found.to_json())
+
+
+def test_a_real_patient_is_unlike_the_phantoms(nodules, data_root):
+    from medimg.data.dicom import read
+    found = answer(nodules, as_study(read(data_root / "thorax_ct" / "dicom")))
+    assert found.status == "refused" and found.ood["score"] > 10 * found.ood["threshold"]
+
+
+def test_the_shipped_reference_is_that_of_its_training_scans(nodules):
+    """Two scans made again: those the networks learnt from lie within the border, and the recipe leaves the check out where scans are too few."""
+    from medimg.data.lungs import segment_lungs
+    from medimg.experiments.nodules import crowd
+    from medimg.experiments.screening import SIZES, acquired_scan, scan_reference
+    learnt = [acquired_scan(crowd(one, SIZES["full"].crowded), how, folder=False) for one, how in zip(phantom_cohort(2, seed=scans.COHORTS["train"][0]), scans.ACQUISITIONS)]
+    facts = np.stack([scan_facts(scan.volume, segment_lungs(scan.volume)) for scan in learnt])
+    assert (nodules.reference.score(facts) < nodules.reference.threshold).all() and nodules.reference.n == 64 and nodules.manifest["ood"]["quantile"] == 1.0
+    assert scan_reference(learnt, learnt[:1]) is None
 
 
 @pytest.mark.parametrize("volume, why", [(Volume(np.zeros((8, 64, 64), "int16"), modality="CT"), "not in HU"), (None, "single picture")])

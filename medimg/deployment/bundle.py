@@ -623,7 +623,7 @@ def _check_facts(facts):
     if unknown := sorted(set(facts) - allowed):
         raise BundleError(f"unknown fact {unknown[0]!r}", remedy=nearest(unknown[0], allowed))
 
-# %% ../../nbs/deployment/01_bundle.ipynb #bb464138
+# %% ../../nbs/deployment/01_bundle.ipynb #6c083c57
 def _pack_files(graph, engine, preprocessor, facts, difference):
     outputs = _shapes(engine)
     reference, calibration = facts["reference"], facts["calibration"]
@@ -634,7 +634,7 @@ def _pack_files(graph, engine, preprocessor, facts, difference):
                 "population": {"age_years": None, "sex": None, **facts["population"]}, "preprocess": "preprocess.json",
                 "training": {"checksum": None, "run": None, "seed": None, "commit": None, **facts["training"]},
                 "calibration": "calibration.json", "parity": {"max_abs_difference": difference}, "research_use": RESEARCH_USE,
-                "ood": reference and {"method": "mahalanobis", "threshold": reference.threshold, "quantile": reference.quantile},
+                "ood": reference and {"method": "scan facts" if facts["task"] == "detection" else "mahalanobis", "threshold": reference.threshold, "quantile": reference.quantile},
                 **({"answer": facts["answer"]} if facts.get("answer") else {})}
     text = preprocessor.to_json()
     files = {"model.onnx": graph, "preprocess.json": text.encode() if isinstance(text, str) else encode(text), "calibration.json": encode(calibration),

@@ -154,7 +154,7 @@ def _check_object(value, schema, where):
         elif isinstance(more, Mapping):
             check_schema(item, more, f"{where}: {key}")
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #6acf76fd
+# %% ../../nbs/deployment/01a_manifest.ipynb #3aa6b758
 def _object(properties, **more):
     return {"type": "object", "required": sorted(properties), "additionalProperties": False, "properties": properties, **more}
 
@@ -172,7 +172,7 @@ _INPUT = _object({"shape": {"type": "array", "minItems": 3, "maxItems": 4, "item
                   "modality": _NAMES, "body_part": _TEXT_OR_NULL, "view": _NAMES, "units": _TEXT, "range": _PAIR, "spacing_mm": _SPACING})
 _POPULATION = _object({"description": _TEXT, "age_years": _PAIR, "sex": {"enum": ["M", "F", "any", None]}, "source": _TEXT})
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
-_OOD = {**_object({"method": {"enum": ["mahalanobis"]}, "threshold": {"type": "number"}, "quantile": _SHARE}), "type": ["object", "null"]}
+_OOD = {**_object({"method": {"enum": ["mahalanobis", "scan facts"]}, "threshold": {"type": "number"}, "quantile": _SHARE}), "type": ["object", "null"]}
 _TRAINING = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "run": _TEXT_OR_NULL, "seed": {"type": ["integer", "null"]}, "commit": _TEXT_OR_NULL})
 _PARENT = _object({"name": {"type": "string", "pattern": _NAME_PATTERN}, "version": _TEXT_OR_NULL, "digest": _HEX})
 _UPDATE = _object({"dataset": _TEXT, "checksum": _TEXT_OR_NULL, "replay": {"type": "number", "minimum": 0, "maximum": 1}, "parent": _PARENT})
@@ -238,7 +238,7 @@ def seal(manifest: dict) -> dict:
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return {**rest, "digest": hashlib.sha256(encode(rest)).hexdigest()}
 
-# %% ../../nbs/deployment/01a_manifest.ipynb #a3b7eb6d
+# %% ../../nbs/deployment/01a_manifest.ipynb #4225759f
 def check_manifest(manifest: dict) -> dict:
     """The manifest itself when it obeys `manifest_schema` and agrees with itself.
 
@@ -267,6 +267,8 @@ def check_manifest(manifest: dict) -> dict:
         raise BundleError(f"`answer` does not fit the task {task!r}", path="manifest.json: answer", remedy=f"give {', '.join(ANSWERS.get(task, ['none']))}")
     if manifest["ood"] is None and task not in ANSWERS:
         raise BundleError("a classifier without a check for unfamiliar pictures", path="manifest.json: ood", remedy="give its threshold")
+    if manifest["ood"] and (manifest["ood"]["method"] == "scan facts") != (task == "detection" and manifest["answer"]["within"] == "lungs"):
+        raise BundleError(f"`{manifest['ood']['method']}` does not fit the task {task!r}", path="manifest.json: ood", remedy="scan facts are for detection within the lungs, mahalanobis for the rest")
     for name in manifest["files"]:
         if not re.fullmatch(_FILE_PATTERN, name) or len(name) > 100:
             raise BundleError(f"{name[:100]!r} is not a plain file name", path="manifest.json: files")

@@ -6,7 +6,7 @@
 __all__ = ['MAX_ASPECT', 'MIN_CONTRAST', 'COARSEST', 'NOTES', 'check_fit', 'check_scope', 'heat_map', 'hottest_region', 'answer',
            'answer_together', 'predict', 'exit_code']
 
-# %% ../../nbs/deployment/03_predict.ipynb #18c298ff
+# %% ../../nbs/deployment/03_predict.ipynb #fa953564
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -15,10 +15,10 @@ import numpy as np
 
 from .bundle import Bundle
 from .intake import Study, find_studies
-from .located import _shown, marks_answer, outline_answer
+from .located import _shown, ground_of, marks_answer, outline_answer
 from .prediction import STUDY_FIELDS, Finding, Prediction
-from .reference import SET_TASKS, calibrated, in_set
-from ..errors import BundleError, MedimgError
+from .reference import SET_TASKS, calibrated, in_set, scan_facts
+from ..errors import BundleError, DatasetError, MedimgError
 
 MAX_ASPECT, MIN_CONTRAST, COARSEST = 3.0, 4.0, 2.2
 
@@ -268,7 +268,7 @@ def answer_together(bundle: Bundle, studies: Sequence) -> list:
     rows = dict(zip(fits, _run(bundle, [studies[k].image for k in fits]))) if fits else {}
     return [_one(bundle, study, *saw, rows.get(k), started) for k, (study, saw) in enumerate(zip(studies, seen))]
 
-# %% ../../nbs/deployment/03_predict.ipynb #8bc6b2c1
+# %% ../../nbs/deployment/03_predict.ipynb #4b7094fe
 def _misfit(study, manifest):
     """Why the picture cannot go through the network, or None."""
     try:
@@ -296,19 +296,32 @@ def _one(bundle, study, reasons, warnings, misfit, row, started):
 
 def _familiar(bundle, distance):
     """The distance of one picture from the training images as the record has it, and the reason to refuse where that is too far."""
-    ood = {"method": "mahalanobis", "score": distance, "threshold": bundle.reference.threshold}
+    ood = {"method": bundle.manifest["ood"]["method"], "score": distance, "threshold": bundle.reference.threshold}
     far = not distance <= ood["threshold"]
     return ood, (f"unlike the training images (distance {distance:.0f}, familiar up to {ood['threshold']:.0f})",) * far
 
 
 def _located(bundle, study, reasons, warnings, started):
     """A bundle that says where: the mask of a picture, or the findings of a stack."""
-    ood, far = _familiar(bundle, float(bundle.reference.score(bundle.features(study.image[None]))[0])) if bundle.manifest["ood"] and not reasons else (None, ())
+    ground, ood, far = (None, None, ()) if reasons else _surveyed(bundle, study)
     if reasons := (*reasons, *far):
         return _record(bundle, study, "refused", reasons=reasons, warnings=warnings, ood=ood, started=started)
-    found = outline_answer(bundle, study.image) if bundle.task == "segmentation" else marks_answer(bundle, study.volume)
+    found = outline_answer(bundle, study.image) if bundle.task == "segmentation" else marks_answer(bundle, study.volume, ground=ground)
     unfamiliar = () if bundle.manifest["ood"] else ("this model has no check for unfamiliar images",)
     return _record(bundle, study, "answered", warnings=(*warnings, *unfamiliar), ood=ood, started=started, volume=study.volume, **found)
+
+
+def _surveyed(bundle, study):
+    """Where marks are searched, how far the study is from the training images, and why it is refused; the network that answers has not run yet."""
+    ground, features = None, None
+    if bundle.task == "detection":
+        try:
+            ground = ground_of(bundle, study.volume)
+        except DatasetError as error:
+            return None, None, (error.what,)
+    if bundle.manifest["ood"]:
+        features = bundle.features(study.image[None]) if ground is None else scan_facts(*ground)[None]
+    return ground, *((None, ()) if features is None else _familiar(bundle, float(bundle.reference.score(features)[0])))
 
 # %% ../../nbs/deployment/03_predict.ipynb #6051cf60
 #: Sentences of `uncertainty`, by the code under which `uncertainty["notes"]` holds each.
