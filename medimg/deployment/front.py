@@ -472,7 +472,7 @@ class _Clocked(_Rooms):
             self._clock.cancel()
             self._clock = None
 
-# %% ../../nbs/deployment/06g_front.ipynb #952e59ac
+# %% ../../nbs/deployment/06g_front.ipynb #6aba6f4a
 class _Measured(_Clocked):
     """What happens as the headers are read."""
 
@@ -486,7 +486,7 @@ class _Measured(_Clocked):
             super().on_header(name, value)
 
     def on_headers_complete(self):
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        hosts = [name for name, _ in self.headers].count(b"host")
         if self._named > LIMITS["header_bytes"]:
             self._refuse(b"431 Request Header Fields Too Large")
         elif hosts > 1 or not hosts and self.parser.get_http_version() == "1.1":
