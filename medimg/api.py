@@ -443,7 +443,7 @@ def _data_for(run_or_bundle, facts, name, data, n, *, quiet):
         raise DatasetError(f"{kept['name']}: not on this computer", remedy=_remedy(kept["name"]))
     return _load(kept["name"], data, n or kept["n"], seed=kept["seed"], quiet=quiet)
 
-# %% ../nbs/foundations/api.ipynb #fd2ffaed
+# %% ../nbs/foundations/api.ipynb #1b0bd3a4
 def explain(run_or_bundle, image, *, method: str = "cam", target=None, out: Path | str = "explained.png", **options) -> dict:
     """Where the score of one picture comes from, as a heat map over it.
 
@@ -480,11 +480,12 @@ def explain(run_or_bundle, image, *, method: str = "cam", target=None, out: Path
     >>> explain("pneumonia", "cxr.png", method="occlusion")["peak_yx"]                      # doctest: +SKIP
     [412, 633]
     """
-    from medimg.deployment.predict import heat_map, hottest_region
+    from medimg.deployment.predict import cam_shift, heat_map, hottest_region
     predictor, facts = load_predictor(run_or_bundle)
     picture, p = _one_picture(predictor, facts, image)
     chosen = _which_class(facts["classes"], p, target)
-    heat = heat_map(_map_of(predictor, picture, method, chosen, options), picture.shape[:2], predictor.preprocessor.steps)
+    shift = cam_shift(predictor) if method == "cam" and hasattr(predictor, "manifest") else (0.0, 0.0)
+    heat = heat_map(_map_of(predictor, picture, method, chosen, options), picture.shape[:2], predictor.preprocessor.steps, shift=shift)
     where = None if heat is None else hottest_region(heat)
     peak = None if heat is None else [int(v) for v in divmod(int(heat.argmax()), heat.shape[1])]
     return {"picture": str(_draw_map(picture, heat, out)), "method": method, "class": facts["classes"][chosen], "probability": float(p[chosen]), "peak_yx": peak, "share": where and where.score,

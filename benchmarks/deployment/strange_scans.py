@@ -57,7 +57,8 @@ def spoilt(scan, rng):
     for k in ((2, 2, 2), (0.5, 0.5, 0.5), (1.5, 1, 1), (1, 1, 1.5), (1.1, 1.1, 1.1)):
         spacing, start = np.multiply(scan.spacing_mm, k), np.multiply(scan.origin_mm, k[::-1])
         yield f"spacing times {' × '.join(f'{v:g}' for v in k)}", Volume(scan.array, make_affine(tuple(spacing), list(start)), modality="CT", units="HU")
-    yield from (("upside down", new(hu[::-1])), ("front to back", new(hu[:, ::-1])), ("right and left swapped", new(hu[:, :, ::-1])), ("lying on the side", new(np.rot90(hu, 1, (1, 2)))))
+    yield from (("upside down", new(hu[::-1])), ("front to back", new(hu[:, ::-1])), ("right and left swapped", new(hu[:, :, ::-1])),
+                ("lying on the side", Volume(np.rot90(scan.array, 1, (1, 2)).copy(), scan.affine, modality="CT", units="HU")))
     yield from (("upper half only", scan.crop(z=slice(n // 2, n))), ("lower half only", scan.crop(z=slice(0, n // 2))), ("lowest 30 mm of lung missing", scan.crop(z=slice(low, n))))
     yield from (("no lungs (tissue)", inside(lungs > 0, 40)), ("left lung solid", inside(lungs == 2, 40)), ("right base solid", inside(base, 20)), ("lungs denser by 150 HU", new(hu + 150 * (lungs > 0))))
     yield from ((f"noise of {sd} HU more", new(hu + rng.normal(0, sd, hu.shape))) for sd in (50, 150, 300))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Overloaded', 'Late', 'Batcher']
 
-# %% ../../nbs/deployment/06c_batching.ipynb #35933788
+# %% ../../nbs/deployment/06c_batching.ipynb #73739fa4
 import asyncio
 import collections
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from .predict import _at_once, answer_together
+from .predict import _at_once, answer_together, cam_shift
 from ..errors import ServiceError
 
 # %% ../../nbs/deployment/06c_batching.ipynb #88e50e4d
@@ -114,7 +114,7 @@ class Batcher(_Line):
         if self._thread is not None:
             self._thread.shutdown()
 
-# %% ../../nbs/deployment/06c_batching.ipynb #be9c438e
+# %% ../../nbs/deployment/06c_batching.ipynb #958c2546
 def _expire(future, deadline_s):
     if not future.done():
         future.set_exception(Late(f"no answer within {deadline_s:g} s", remedy="ask again later"))
@@ -141,6 +141,8 @@ def _warm(bundle, most):
         took.append(time.perf_counter() - start)
     if len(shape) == 3:
         bundle.engine.run(np.zeros((min(most, _at_once(bundle)), *shape), np.float32))
+        if "cam" in bundle.engine.outputs:
+            cam_shift(bundle)                        # kept for all later answers
     for part in ("preprocessor", "reference", "calibration"):
         getattr(bundle, part)                        # cached on first use
     return min(took) * 1000

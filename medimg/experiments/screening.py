@@ -174,7 +174,7 @@ def scan_reference(learn, tune, *, margin: float = MARGIN):
     facts = [np.stack([scan_facts(scan.volume, segment_lungs(scan.volume)) for scan in scans]) for scans in (learn, tune)]
     return fit_reference(*facts, quantile=1.0, scaled=True, margin=margin)
 
-# %% ../../nbs/experiments/15_screening.ipynb #dd711e3c
+# %% ../../nbs/experiments/15_screening.ipynb #2c5b1caf
 #: What the bundle is for, and whom it knows.
 INPUT = {"modality": ["CT"], "body_part": None, "view": None, "units": "HU", "range": [-1024, 3071]}
 POPULATION = {"description": "64 invented adults of the phantom cohort, each with up to 36 nodules, scanned in four ways", "age_years": [50, 80], "sex": "any", "source": "medimg phantom"}
@@ -217,5 +217,5 @@ def nodule_bundle(made: dict, out, *, metrics: dict | None = None, seed: int = 0
 
 
 _CHECK = ("\n\nA scan is refused when twenty facts of it, densities in and around the lungs, graininess, size and place of the lungs, lie further from those of the training scans than "
-          f"{MARGIN:g} times the furthest validation scan; so is a scan without lungs. Expect scans of real patients to be refused: the networks have seen phantoms only. The check does not see a small "
-          "lesion or artefact, nor a scan whose facts are ordinary by chance.")
+          f"{MARGIN:g} times the furthest validation scan; so is a scan without lungs. Expect scans of real patients to be refused: the networks have seen phantoms only. Lungs made dense by disease are refused "
+          "like an error. The check does not see a small lesion or artefact, and often not that right and left are swapped.")
