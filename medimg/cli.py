@@ -695,14 +695,16 @@ def predict(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle
     _say([a.to_dict() for a in answers], "\n".join([answers_text(answers), *(f"written: {file}" for file in written)]), as_json)
     raise typer.Exit(exit_code(answers))
 
-# %% ../nbs/foundations/cli.ipynb #7e71b9aa
+# %% ../nbs/foundations/cli.ipynb #de3ca3ac
 def _facts(path):
     """The content of a JSON file with what is known of the patient, or None."""
     if path is None:
         return None
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError("there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})", path=path, remedy="name a file with what is known of the patient") from error
+    except ValueError as error:
         raise ConfigError(f"cannot be read as JSON ({type(error).__name__})", path=path, remedy='for example {"age_years": 61, "screening": true}') from error
     if not isinstance(found, dict):
         raise ConfigError("is no JSON object", path=path, remedy='for example {"age_years": 61, "screening": true}')
@@ -961,7 +963,7 @@ def watch(bundle: Annotated[str, typer.Argument(help="Name of a shipped bundle, 
         for one in row["predictions"]:
             _say({"again": row["again"], "latency_s": row["latency_s"], "file": row["file"], "prediction": one.to_dict()}, f"{one}  {row['latency_s']:.1f} s  {row['file']}", as_json)
 
-# %% ../nbs/foundations/cli.ipynb #fa97a86d
+# %% ../nbs/foundations/cli.ipynb #ab54a2fc
 def answers_text(answers) -> str:
     """Predictions as a table for people.
 
@@ -999,7 +1001,8 @@ def _details(a):
     change = lambda f: "-" if f.growth is None else "new" if f.growth["relation"] == "new" else f"from {f.growth['prior_mean_diameter_mm']} mm"
     rows = [(k, f.label, f.type, f"{f.score:.2f}", f.side or "-", "-" if f.slice is None else f.slice + 1, size(f), change(f)) for k, f in enumerate(a.findings, 1) if f.score is not None and a.task == "detection"]
     table = f"\n\n{columns(('no.', 'finding', 'type', 'score', 'side', 'slice', 'mm', 'growth'), rows)}" if rows else ""
-    said = [f"\n{r['guideline']} {r['edition']}: {r['status']}{', category ' + r['category'] if r['category'] else ''}: {r['text']} ({r['note']})" for r in a.recommendations]
+    missing = lambda r: f"; missing: {', '.join(name.replace('_', ' ') for name in r['inputs_missing'])}" if r["status"] == "not assessable" and r["inputs_missing"] else ""
+    said = [f"\n{r['guideline']} {r['edition']}: {r['status']}{', category ' + r['category'] if r['category'] else ''}: {r['text']}{missing(r)} ({r['note']})" for r in a.recommendations]
     return table + ("\n" if said else "") + "".join(said)
 
 # %% ../nbs/foundations/cli.ipynb #489f5b16

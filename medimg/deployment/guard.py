@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUTES', 'BY_SESSION', 'action_of', 'Guard', 'first_key', 'Auditor', 'weaknesses']
 
-# %% ../../nbs/deployment/06k_guard.ipynb #e28af485
+# %% ../../nbs/deployment/06k_guard.ipynb #1c7f92ba
 import asyncio
 import functools
 import secrets
@@ -49,7 +49,8 @@ def action_of(method: str, path: str) -> tuple:
     (('predict', 'predict:run'), ('health', None), ('other', 'settings:read'))
     """
     for methods, place, label, action in ROUTES:
-        if method in methods and (path == place or path.startswith(place if place.endswith("/") else f"{place}/")):
+        below = action is not None and path.startswith(place if place.endswith("/") else f"{place}/")      # what is open to all is open to the letter
+        if method in methods and (path == place or below):
             return label, action
     known = next((label for _, place, label, _ in ROUTES if path == place or path.startswith(place)), "other")
     return known, _NOBODY_ELSE

@@ -133,10 +133,10 @@ def key_slices(prediction, *, most: int = 6, side_mm: float = 60.0) -> list:
             shown.append({"number": k, **_one(volume, mask, finding, k, centre, side_mm)})
     return shown
 
-# %% ../../nbs/deployment/05k_key_slices.ipynb #8a28266c
+# %% ../../nbs/deployment/05k_key_slices.ipynb #15195c3c
 def _one(volume, mask, finding, k, centre, side_mm):
     (_, sy, sx), (depth, height, width) = volume.spacing_mm, volume.shape
-    z = int(np.clip(round(centre[0]), 0, depth - 1))
+    z = int(np.clip(round(centre[0]) if finding.slice is None else finding.slice, 0, depth - 1))
     if mask is not None and not (mask[z] == k).any() and (mask == k).any():
         planes = np.flatnonzero((mask == k).any((1, 2)))
         z = int(planes[np.abs(planes - z).argmin()])

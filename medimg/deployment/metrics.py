@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ROUTES', 'STATUSES', 'EDGES_S', 'COUNTERS', 'GAUGES', 'Metrics']
 
-# %% ../../nbs/deployment/06h_metrics.ipynb #bee06ae2
+# %% ../../nbs/deployment/06h_metrics.ipynb #630b05e6
 import bisect
 import mmap
 import os
 import struct
 from pathlib import Path
-ROUTES = ("predict", "jobs", "bundles", "dicomweb", "health", "page", "other")
+ROUTES = ("predict", "jobs", "bundles", "dicomweb", "studies", "review", "health", "other")
 STATUSES = (200, 201, 202, 204, 206, 302, 303, 400, 401, 403, 404, 405, 406, 408, 409, 413, 415, 422, 429, 431, 500, 501, 503, 507)
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0)
 COUNTERS = ("answers_answered", "answers_refused", "answers_error", "decoder_restarts", "instances_stored", "instances_failed", "jobs_finished", "bytes_received")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assess', 'finished', 'with_prior', 'write_visit']
 
-# %% ../../nbs/deployment/04b_study.ipynb #f09f7bdf
+# %% ../../nbs/deployment/04b_study.ipynb #8784e20b
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +48,9 @@ def assess(bundle, paths, *, context=None, prior=None, progress: bool = True) ->
     '4A'
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if isinstance(context, dict):
+        from medimg.deployment.recommend import PatientContext
+        context = PatientContext.from_dict(context)         # a fact misnamed is said now, not after minutes of work
     answers = predict(bundle, paths, progress=progress)
     before = None if prior is None else _earlier(bundle, prior)
     return [finished(one, task=bundle.task, before=before, context=context) for one in answers]
