@@ -204,6 +204,8 @@ def test_a_recommendation_on_the_review_page():
     assert zh["said"]["guideline"]["text"] == "Fleischner 学会：偶然发现的肺结节" and "若肺癌风险为低 → 6-12 个月时复查 CT" in zh["said"]["text"]["text"] and not zh["said"]["text"]["attr"]
     assert "肺癌风险" in zh["missing"] and "邻近胸膜" in zh["missing"] and "年龄（岁）: 61" in zh["used"] and "size: 7.0 mm" in en["used"]
     assert en["said"]["text"]["text"] == zh["text"] == row["text"]
+    other = {"size": {"mm": 7.0}, "solid": {"mm": 3.0}, "other_findings": [{"finding": 1, "rule": "R", "status": "not assessable", "category": None}, {"finding": 2, "rule": "R", "status": "applies", "category": "4A"}]}
+    assert _recommended({**row, "inputs_used": other}, "zh")["used"] == "大小: 7.0 mm; 实性成分: 3.0 mm; 其他病灶: 2 无法评估, 3 4A"
     strange = _recommended({**row, "text": "ask the aunt", "inputs_missing": ["her_name"]}, "zh")
     assert strange["said"]["text"] == {"text": "ask the aunt", "attr": ' lang="en"'} and strange["missing"] == "her name"
 

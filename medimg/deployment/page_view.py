@@ -80,7 +80,7 @@ def _bars(record, lang):
     return [{"name": term(c, lang), "p": p, "text": number(p), "cut": cuts.get(c), "cut_text": say("cut", lang, cut=number(cuts[c])) if c in cuts else "",
              "own": c == record["label"]} for c, p in sorted(record["probability"].items(), key=lambda row: -row[1])]
 
-# %% ../../nbs/deployment/06o_page_view.ipynb #7387f89d
+# %% ../../nbs/deployment/06o_page_view.ipynb #a6978882
 def _choices(record, lang):
     """The classes a reader may choose when the model is wrong: its own is not among them."""
     if record["status"] == "answered" and not record["probability"]:
@@ -91,19 +91,20 @@ def _choices(record, lang):
 _WEIGHT = {"applies": 0, "not assessable": 1, "not applicable": 2}
 
 
-def _told_value(value):
+def _told_value(value, lang):
     """A fact that a guideline used, for people."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_told_value, value))
+        return ", ".join(_told_value(one, lang) for one in value)
     if isinstance(value, dict) and "finding" in value:
-        return f"{value['finding'] + 1} {value.get('category') or value.get('status')}"
+        state = value.get("category") or value.get("status")
+        return f"{value['finding'] + 1} {say(state, lang) if state in ('applies', 'not applicable', 'not assessable') else state}"
     return ", ".join(f"{v} {k}" for k, v in value.items()) if isinstance(value, dict) else {True: "yes", False: "no", None: "unknown"}.get(value, value) if type(value) in (bool, type(None)) else str(value)
 
 
 def _recommended(row, lang):
     used, said = row.get("inputs_used") or {}, lambda text: worded(str(text).replace("_", " "), lang)["text"]
     text = {k: str(row.get(k) or "") for k in ("guideline", "edition", "rule", "source", "status", "category", "text", "reason")}
-    return {**text, "said": {k: worded(text[k], lang) for k in ("guideline", "text", "reason")}, "used": "; ".join(f"{said(k)}: {said(_told_value(v))}" for k, v in used.items()),
+    return {**text, "said": {k: worded(text[k], lang) for k in ("guideline", "text", "reason")}, "used": "; ".join(f"{said('solid component' if k == 'solid' else k)}: {said(_told_value(v, lang))}" for k, v in used.items()),
             "missing": "; ".join(map(said, row.get("inputs_missing") or ()))}
 
 
