@@ -513,7 +513,7 @@ def _uids(**uids):
     except DicomError as error:
         raise BadRequest(error.what, remedy=error.remedy) from error
 
-# %% ../../nbs/deployment/06d_dicomweb.ipynb #8110d3e5
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #4f2d0bf9
 def router(app):
     """The DICOMweb routes of a service.
 
@@ -550,7 +550,7 @@ def _store_routes(routes, app):
     async def store_into(study: str, request: Request):
         return await _stow(app, request, _uids(StudyInstanceUID=study)[0])
 
-
+# %% ../../nbs/deployment/06d_dicomweb.ipynb #46c05035
 @cache
 def _arrivals(n):
     """Threads for what STOW brings, and turns at the decoders: one decoder less than there are, so that headers made to be slow leave one for answers."""

@@ -400,8 +400,22 @@ def set_limits(settings) -> None:
     LIMITS.update(header_s=settings.header_s, connections=settings.connections, per_peer=settings.connections if unnamed else settings.peer_connections,
                   exempt=Peers(("127.0.0.0/8", "::1", *settings.proxies)))
 
-# %% ../../nbs/deployment/06g_front.ipynb #2bccf5e3
-class _Rooms:
+# %% ../../nbs/deployment/06g_front.ipynb #ed092bec
+class _Ending:
+    """How a connection ends that is refused or forgotten; to be mixed in."""
+
+    def _too_slow(self):
+        self._clock = None
+        if self.cycle is None or self.cycle.response_complete:
+            self._refuse(b"408 Request Timeout") if self._reading else self.transport.close()
+
+    def _refuse(self, line):
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+# %% ../../nbs/deployment/06g_front.ipynb #fbba5523
+class _Rooms(_Ending):
     """uvicorn's protocol with limits on the number of connections; to be mixed in."""
 
     def connection_made(self, transport):
@@ -472,7 +486,7 @@ class _Clocked(_Rooms):
             self._clock.cancel()
             self._clock = None
 
-# %% ../../nbs/deployment/06g_front.ipynb #6aba6f4a
+# %% ../../nbs/deployment/06g_front.ipynb #052c06a9
 class _Measured(_Clocked):
     """What happens as the headers are read."""
 
@@ -508,16 +522,6 @@ class _Measured(_Clocked):
         super().on_message_complete()
         self._stop_clock()
         self._reading, self._counted, self._named = True, 0, 0
-
-    def _too_slow(self):
-        self._clock = None
-        if self.cycle is None or self.cycle.response_complete:
-            self._refuse(b"408 Request Timeout") if self._reading else self.transport.close()
-
-    def _refuse(self, line):
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 " + line + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
 
 # %% ../../nbs/deployment/06g_front.ipynb #ef0178d8
 class _Offering(_Measured):
