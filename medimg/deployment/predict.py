@@ -195,7 +195,7 @@ def hottest_region(heat, *, level: float = 0.5) -> Finding:
     return Finding("region that moved the score", "evidence-region", score=round(float(weight[best] / heat.sum()), 4), box_yx=(y, x, y + h, x + w),
                    note="score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease")
 
-# %% ../../nbs/deployment/03_predict.ipynb #f58fe4c2
+# %% ../../nbs/deployment/03_predict.ipynb #63e8b2dd
 def answer(bundle: Bundle, study: Study) -> Prediction:
     """The record for one study.
 
@@ -249,7 +249,7 @@ def _familiar(bundle, features):
     far = not ood["score"] <= ood["threshold"]
     return ood, (f"unlike the training images (distance {ood['score']:.0f}, familiar up to {ood['threshold']:.0f})",) * far
 
-
+# %% ../../nbs/deployment/03_predict.ipynb #7da91561
 def _located(bundle, study, reasons, warnings, started):
     """A bundle that says where: the mask of a picture, or the findings of a stack."""
     ground, ood, far = (None, None, ()) if reasons else _surveyed(bundle, study)
