@@ -13,7 +13,8 @@ from medimg.deployment import bundle as b
 from medimg.deployment.bundle import Bundle, build_bundle, pack, read_files, update_index
 from medimg.deployment.engine import Engine, toy_network
 from medimg.deployment.manifest import check_manifest, check_schema, decode, encode, example_manifest, manifest_schema, model_card, seal
-from medimg.deployment.reference import fit_reference, fit_temperature, log_loss, probabilities, read_reference, shrunk_covariance
+from medimg.deployment.reference import fit_reference, fit_temperature, log_loss, probabilities, read_reference
+from medimg.evaluation.out_of_distribution import shrunk_covariance
 from medimg.errors import BundleError, ConfigError, SignatureError
 
 

@@ -12,10 +12,10 @@ from scipy.stats import beta, entropy
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
-from medimg.deployment.reference import fit_reference, shrunk_covariance
+from medimg.deployment.reference import fit_reference
 from medimg.errors import ConfigError
 from medimg.evaluation.conformal import Conformal, conformal_quantile, density_ratio, evaluate_sets, strangeness, weighted_sets
-from medimg.evaluation.out_of_distribution import Mahalanobis, Neighbours, choose_score, energy, novelty, stranger_auc
+from medimg.evaluation.out_of_distribution import Mahalanobis, Neighbours, choose_score, energy, novelty, stranger_auc, shrunk_covariance
 from medimg.evaluation.uncertainty import aurc, doubts, excess_aurc, risk_coverage
 from medimg.experiments.protocol import run_experiment, stored_results
 
@@ -258,14 +258,3 @@ def test_stored_figures_are_what_the_issue_asks():
     assert f["test: coverage[normal], by class"]["high"] < 0.9 and STORED["test_reads"] and not STORED["code_changed"]
     for key, value in f.items():
         assert value.get("low") is None or value["low"] <= value["value"] <= value["high"], key
-
-
-def test_twins_say_the_same():
-    """The bundle's own copy of Ledoit and Wolf's covariance, until it imports this one."""
-    from medimg.deployment import reference
-    from medimg.evaluation.out_of_distribution import shrunk_covariance
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        x = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6))
-        for ours, theirs in zip(shrunk_covariance(x), reference.shrunk_covariance(x)):
-            np.testing.assert_array_equal(ours, theirs)

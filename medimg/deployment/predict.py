@@ -324,7 +324,7 @@ def answer_together(bundle: Bundle, studies: Sequence) -> list:
     rows = dict(zip(fits, _run(bundle, [studies[k].image for k in fits]))) if fits else {}
     return [_one(bundle, study, *saw, rows.get(k), started) for k, (study, saw) in enumerate(zip(studies, seen))]
 
-# %% ../../nbs/deployment/03_predict.ipynb #4b7094fe
+# %% ../../nbs/deployment/03_predict.ipynb #ecc09cab
 def _misfit(study, manifest):
     """Why the picture cannot go through the network, or None."""
     try:
@@ -356,7 +356,7 @@ def _familiar(bundle, distance):
     far = not distance <= ood["threshold"]
     return ood, (f"unlike the training images (distance {distance:.0f}, familiar up to {ood['threshold']:.0f})",) * far
 
-
+# %% ../../nbs/deployment/03_predict.ipynb #9a7efd80
 def _located(bundle, study, reasons, warnings, started):
     """A bundle that says where: the mask of a picture, or the findings of a stack."""
     ground, ood, far = (None, None, ()) if reasons else _surveyed(bundle, study)

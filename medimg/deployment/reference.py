@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SET_TASKS', 'SCAN_FACTS', 'probabilities', 'log_loss', 'fit_temperature', 'calibrated', 'fit_conformal',
-           'in_set', 'fit_calibration', 'with_sets', 'calibration_schema', 'check_calibration', 'shrunk_covariance',
-           'Reference', 'fit_reference', 'read_reference', 'scan_facts']
+           'in_set', 'fit_calibration', 'with_sets', 'calibration_schema', 'check_calibration', 'Reference',
+           'fit_reference', 'read_reference', 'scan_facts']
 
-# %% ../../nbs/deployment/01b_reference.ipynb #efca7948
+# %% ../../nbs/deployment/01b_reference.ipynb #00f875c1
 import io
 import json
 import math
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .manifest import check_schema
+from ..evaluation.out_of_distribution import shrunk_covariance
 from ..errors import BundleError, ConfigError, DatasetError, nearest
 from ..models.networks import to_probability
 
@@ -405,38 +406,6 @@ def _wrong_sets(c, task, k):
         for n, limit in zip(cases, found["limits"]):
             if _rank_within(n, found["coverage"]) != (limit is not None):
                 yield f"a limit of {limit} at {found['coverage']:g} from {n} cases"
-
-# %% ../../nbs/deployment/01b_reference.ipynb #ae9cd53a
-def shrunk_covariance(features) -> tuple:
-    """Covariance blended with a sphere, and the share of the sphere (Ledoit and Wolf, J. Multivariate Analysis 88, 2004).
-
-    Parameters
-    ----------
-    features : array (n, d) float
-        One row per image, n at least 2.
-
-    Returns
-    -------
-    covariance : array (d, d)
-        In squared units of the features.
-    share : float in 0 … 1
-        Weight of the sphere.
-
-    Examples
-    --------
-    >>> covariance, share = shrunk_covariance(np.random.default_rng(0).normal(size=(500, 2)))
-    >>> covariance.shape, 0 <= share <= 1
-    ((2, 2), True)
-    """
-    x = np.asarray(features, dtype=np.float64)
-    x = x - x.mean(axis=0)
-    n, d = x.shape
-    sample = x.T @ x / n
-    sphere = np.trace(sample) / d
-    spread = ((sample - sphere * np.eye(d)) ** 2).sum() / d
-    noise = (((x ** 2).T @ (x ** 2)).sum() / n - (sample ** 2).sum()) / n / d
-    share = 1.0 if spread == 0 else float(min(max(noise, 0.0), spread) / spread)
-    return (1 - share) * sample + share * sphere * np.eye(d), share
 
 # %% ../../nbs/deployment/01b_reference.ipynb #f7a764c1
 @dataclass(frozen=True, eq=False)

@@ -246,7 +246,7 @@ TERMS |= {
     "resource": "资源水平", "glycaemia in goal": "血糖达标", "prevalence": "患病率", "calibration prevalence": "校准人群患病率",
 }
 
-# %% ../../nbs/deployment/05a_words.ipynb #2e53ebf9
+# %% ../../nbs/deployment/05a_words.ipynb #7b47b95b
 #: Sentences of other modules: (English pattern, Chinese).
 SENTENCES = (
     ("{what} {have}; the model was made for {names}", "{what}为 {have}；模型适用于 {names}"),
@@ -268,6 +268,7 @@ SENTENCES = (
     ("no prediction set: this model has no limits for one", "无预测集合：该模型未设定其界限"), ("no prediction set: several classes may be true at once", "无预测集合：多个类别可能同时成立"),
     ("the dates of the scans are not known, so neither is the pace of growth", "检查日期未知，无法计算生长速度"),
     ("this model has no check for unfamiliar images", "该模型不检查图像是否与训练图像相似"),
+    ("no lungs found: no piece of air above {ml} ml inside the body", "未找到肺：体内没有超过 {ml} ml 的含气区"),
     ("score is the share of the map's evidence inside the region; it is not a probability, and the region need not be the disease",
      "评分是该区域占热图证据的份额；它不是概率，该区域也不一定是病变"),
     ("scaled to its own maximum: it says where, not how much", "按自身最大值缩放：只表示位置，不表示程度"),
