@@ -62,7 +62,7 @@ def _sync_folder(folder):
     finally:
         os.close(handle)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #aeba336b
+# %% ../../nbs/deployment/05e_audit.ipynb #731a2b00
 class _LogEnd(_LogFile):
     """What stands at the end of the file."""
 
@@ -71,6 +71,8 @@ class _LogEnd(_LogFile):
         stat = os.fstat(handle)
         if self.seen and self.seen[:2] == (stat.st_ino, stat.st_size):
             return self.seen[2], b"", False
+        if self.seen and self.seen[0] == stat.st_ino and (last := self.grown(handle, stat.st_size, key)):
+            return last, b"", False
         if stat.st_mode & 0o077:
             self.fail(f"the audit log is open to other users (mode {stat.st_mode & 0o777:04o})", "chmod 600")
         last, torn, bare = self.last(handle, stat.st_size, key)
@@ -81,6 +83,16 @@ class _LogEnd(_LogFile):
             if known["count"] > number or known["log"] != log:
                 self.fail(f"{known['count']} records were written, the log has {number}" if known["count"] > number else "the head belongs to another log")
         return (log, number, last["m"] if last else ""), torn, bare
+
+    def grown(self, handle, size, key):
+        """Where the log stands after whole lines of another process of ours, None when it is not as simple as that."""
+        _, before, (log, count, code) = self.seen
+        ours = f'{code}"}}\n'.encode()                      # how our last line ends, and still must
+        if size <= before or os.pread(handle, len(ours), before - len(ours)) != ours:
+            return None
+        tail = os.pread(handle, min(size - before, MAX_LINE), size - min(size - before, MAX_LINE))
+        record = _parsed(tail[:-1].rpartition(b"\n")[2] + b"\n") if tail.endswith(b"\n") else None
+        return (log, record["n"] + 1, record["m"]) if record and record["n"] >= count and _holds(key, record) else None
 
     def last(self, handle, size, key):
         for span in (2 * MAX_LINE, MAX_TORN):
