@@ -62,8 +62,32 @@ def _sync_folder(folder):
     finally:
         os.close(handle)
 
-# %% ../../nbs/deployment/05e_audit.ipynb #731a2b00
-class _LogEnd(_LogFile):
+# %% ../../nbs/deployment/05e_audit.ipynb #bed0a707
+class _LastLine(_LogFile):
+    """The last whole line of the file."""
+
+    def last(self, handle, size, key):
+        for span in (2 * MAX_LINE, MAX_TORN):
+            tail = os.pread(handle, span, max(0, size - span))
+            torn, lines = [], re.findall(rb"[^\n]*\n|[^\n]+", tail)
+            for raw in reversed(lines if span >= size else lines[1:]):
+                bare = not raw.endswith(b"\n")
+                record = _parsed(raw + b"\n" * bare)
+                if record and _holds(key, record):
+                    return record, b"".join(torn), bare
+                if record:
+                    self.fail("the last record does not hold: changed, or written under another key")
+                torn.insert(0, raw)
+        if size > MAX_TORN:
+            self.fail("the end of the audit log is no record")
+        return None, tail, False
+
+    def log_id(self, handle):
+        record = _parsed(os.pread(handle, MAX_LINE, 0).partition(b"\n")[0] + b"\n")
+        return str(record["e"].get("log", "")) if record else ""
+
+# %% ../../nbs/deployment/05e_audit.ipynb #c3c775c9
+class _LogEnd(_LastLine):
     """What stands at the end of the file."""
 
     def state(self, handle, key, head):
@@ -93,26 +117,6 @@ class _LogEnd(_LogFile):
         tail = os.pread(handle, min(size - before, MAX_LINE), size - min(size - before, MAX_LINE))
         record = _parsed(tail[:-1].rpartition(b"\n")[2] + b"\n") if tail.endswith(b"\n") else None
         return (log, record["n"] + 1, record["m"]) if record and record["n"] >= count and _holds(key, record) else None
-
-    def last(self, handle, size, key):
-        for span in (2 * MAX_LINE, MAX_TORN):
-            tail = os.pread(handle, span, max(0, size - span))
-            torn, lines = [], re.findall(rb"[^\n]*\n|[^\n]+", tail)
-            for raw in reversed(lines if span >= size else lines[1:]):
-                bare = not raw.endswith(b"\n")
-                record = _parsed(raw + b"\n" * bare)
-                if record and _holds(key, record):
-                    return record, b"".join(torn), bare
-                if record:
-                    self.fail("the last record does not hold: changed, or written under another key")
-                torn.insert(0, raw)
-        if size > MAX_TORN:
-            self.fail("the end of the audit log is no record")
-        return None, tail, False
-
-    def log_id(self, handle):
-        record = _parsed(os.pread(handle, MAX_LINE, 0).partition(b"\n")[0] + b"\n")
-        return str(record["e"].get("log", "")) if record else ""
 
 # %% ../../nbs/deployment/05e_audit.ipynb #bf8be8a5
 def _chained(entries, state, torn, bare):
