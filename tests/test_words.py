@@ -198,7 +198,7 @@ def test_a_recommendation_on_the_chinese_page(case):
 
 def test_a_recommendation_on_the_review_page():
     from medimg.deployment.recommend import recommend
-    from medimg.deployment.review import _recommended
+    from medimg.deployment.page_view import _recommended
     (row,) = recommend([{"type": "solid", "mean_diameter_mm": 7.0}], {"age_years": 61, "screening": False, "known_cancer": False, "immunosuppressed": False, "prior_ct": False}, names=["fleischner-2017"])
     zh, en = _recommended(row, "zh"), _recommended(row, "en")
     assert zh["said"]["guideline"]["text"] == "Fleischner 学会：偶然发现的肺结节" and "若肺癌风险为低 → 6-12 个月时复查 CT" in zh["said"]["text"]["text"] and not zh["said"]["text"]["attr"]

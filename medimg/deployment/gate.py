@@ -333,7 +333,7 @@ def check_origin(origin: str | None, fetch_site: str | None = None, *, host: str
         error.reason = "origin"
         raise error
 
-# %% ../../nbs/deployment/05h_gate.ipynb #2642b897
+# %% ../../nbs/deployment/05h_gate.ipynb #51b5cbfe
 _TLS12_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!MD5"
 
 
@@ -397,7 +397,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, tls: bool, proxy: bool = False) -> None:
-    """Refuse to listen beyond this machine without TLS; the [settings](06i_settings.ipynb) ask this before anything starts.
+    """Refuse to listen beyond this machine without TLS; `ServiceSettings.checked` asks this before anything starts.
 
     Parameters
     ----------
